@@ -1,0 +1,116 @@
+"""The policy and its reference: who samples, and who scores, on any number of processes.
+
+Under PEFT both are one set of weights, with the adapter on or off; otherwise the reference is a frozen copy of the start.
+
+Left out: training. Shapes: B samples of this process.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .loading import frozen_copy
+from .rollouts import Rollouts, TransformersSampler, evaluating, unsharded
+from .scoring import Scorer
+
+
+class Actors:
+    """Sampling from and scoring under the policy and the reference.
+
+    Args:
+        model: the policy as it starts, not yet wrapped.
+        wrapped: gives the policy's wrapped module, which changes when training starts.
+        accelerator, sampler: of the run.
+        batch_size: completions that a process samples or scores at once outside of the training step.
+        seed: of the draws that must not disturb the training's random numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wrapped: Callable[[], nn.Module],
+        accelerator: Accelerator,
+        sampler: TransformersSampler,
+        batch_size: int,
+        seed: int,
+    ):
+        self.accelerator, self.sampler, self.batch_size, self.seed = accelerator, sampler, batch_size, seed
+        self.scorer = Scorer(model, accelerator.autocast)
+        self._wrapped = wrapped
+        self._reference = None if isinstance(model, PeftModel) else frozen_copy(model, accelerator)
+        self._reference_scorer = self.scorer
+        if self._reference is not None:
+            self._reference_scorer = Scorer(accelerator.unwrap_model(self._reference), accelerator.autocast)
+
+    def sample_policy(self, rows: Sequence[dict]) -> Rollouts:
+        """One completion from the policy for each of this process's rows (`prompt` and other columns)."""
+        with self._policy_active() as model:
+            return self._sample(model, rows)
+
+    def draw(self, rows: Sequence[dict], from_reference: bool, salt: int = 0) -> Rollouts:
+        """This process's share of completions for the rows, made in parts and kept on the CPU.
+
+        The same in every run with this seed and salt; the training's own random numbers go on undisturbed.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = [*rows, *rows[: -len(rows) % world]][rank::world]
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with self._reference_active() if from_reference else self._policy_active() as model:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
+                parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+                return Rollouts.concatenate([self._sample(model, part).tokens_to("cpu") for part in parts])
+
+    def policy_logp(self, rollouts: Rollouts) -> Tensor:
+        """(B,) log pi of the policy as it is now."""
+        with self._policy_active():
+            return self._score(self.scorer, rollouts)
+
+    def reference_logp(self, rollouts: Rollouts) -> Tensor:
+        """(B,) log a, computed once for the rollouts."""
+        if "reference_logp" not in rollouts.scores:
+            with self._reference_active():
+                rollouts.scores["reference_logp"] = self._score(self._reference_scorer, rollouts)
+        return rollouts.scores["reference_logp"]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor joined over processes, in the order of their ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
+
+    def _sample(self, model: nn.Module, rows: Sequence[dict]) -> Rollouts:
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        return self.sampler(
+            model,
+            [row["prompt"] for row in rows],
+            columns,
+            autocast=self.accelerator.autocast,
+            synced=self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
+        )
+
+    @contextmanager
+    def _policy_active(self):
+        with unsharded(self._wrapped(), self.accelerator) as model:
+            yield model
+
+    @contextmanager
+    def _reference_active(self):
+        if self._reference is not None:
+            with unsharded(self._reference, self.accelerator) as model:
+                yield model
+            return
+        with self._policy_active() as model, model.disable_adapter():
+            yield model
+
+    @torch.no_grad()
+    def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
+        parts = torch.arange(len(rollouts)).split(self.batch_size)
+        chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
+        with evaluating(scorer.model):
+            outs = [scorer.rollouts(part.tokens_to(self.accelerator.device)).logp_B.cpu().double() for part in chosen]
+        return torch.cat(outs) if outs else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,136 @@
+"""Options shared by all trainers: `TrainingArguments` plus what rollouts, targets and reports need.
+
+Names are TRL's where TRL has the option. Left out: each method's own options, which stand beside its trainer.
+"""
+
+import difflib
+import functools
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+
+def suggest_options(cls):
+    """Class decorator: an unknown option raises a ValueError that names the nearest known one."""
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def __init__(self, *args, **kwargs):
+        check_options(kwargs, [f.name for f in fields(cls)], cls.__name__)
+        plain_init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def check_options(given, known, where: str) -> None:
+    """Raise a ValueError for names in `given` that are not in `known`, with the nearest one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"{where} has no option `{name}`.{hint}")
+
+
+@suggest_options
+@dataclass
+class PolicyGradientConfig(TrainingArguments):
+    """Options of every trainer that samples from its policy.
+
+    Sizes are TRL's: a process scores `per_device_train_batch_size` completions in a forward, makes
+    `per_device_train_batch_size * steps_per_generation` completions at once, and goes over them `num_iterations` times.
+    """
+
+    # TrainingArguments' defaults that don't fit
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Completions that a process samples or scores at once outside of training."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Keep the dataset's columns: features receive them."}
+    )
+
+    # Model and prompts
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` when the model is given by name (a JSON object)."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off, so that log-probabilities mean what they say."}
+    )
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template (a JSON object)."}
+    )
+
+    # Rollouts
+    num_generations: int = field(
+        default=8,
+        metadata={"help": "Completions per prompt. Without a dataset all completions share the empty prompt."},
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Most tokens of a completion."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-steps for which one set of rollouts lasts. Default: gradient_accumulation_steps."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Times that the optimizer goes over a set of rollouts."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; not 1 makes rollouts off-policy."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0 for all."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1.0 for all tokens."})
+    min_p: float | None = field(default=None, metadata={"help": "Least probability relative to the likeliest token."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on repeated tokens; 1.0 for none."})
+    generation_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "More options of `generate`, such as cache_implementation (a JSON object)."}
+    )
+    importance_clip: float | None = field(
+        default=None, metadata={"help": "Upper limit on pi/q, the correction for stale or warped rollouts."}
+    )
+
+    # Target and reports
+    fit_samples: int = field(
+        default=4096,
+        metadata={"help": "Samples of the reference that fit the moments and estimate Z before the first step."},
+    )
+    eval_samples: int = field(default=1024, metadata={"help": "Completions that `evaluate` draws from the policy."})
+    reference_samples: int = field(
+        default=20480,
+        metadata={
+            "help": "Cached samples of the reference that `evaluate` pools with them; fewer can hide lost modes."
+        },
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "At each logging step print samples and write all to completions/*.parquet."}
+    )
+    num_completions_to_print: int | None = field(default=5, metadata={"help": "How many of them to print."})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Start in an output_dir that is not empty: its checkpoints are deleted, files replaced."},
+    )
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "chat_template_kwargs",
+        "generation_kwargs",
+    ]
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_generations", "max_completion_length", "num_iterations", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, but is {self.temperature}.")
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation * self.num_iterations % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation * num_iterations = {self.steps_per_generation * self.num_iterations} must be a "
+                f"multiple of gradient_accumulation_steps = {self.gradient_accumulation_steps}, so that no optimizer "
+                "step mixes two sets of rollouts."
+            )
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Completions that one process makes at once."""
+        return self.per_device_train_batch_size * self.steps_per_generation

@@ -1,0 +1,149 @@
+"""What keeps a run safe: a folder that is claimed once, and checkpoints that are whole.
+
+transformers writes `trainer_state.json` last, so a checkpoint without a readable one was cut off. It also skips missing
+optimizer or RNG files in silence; here they are an error.
+
+Left out: writing the checkpoint (transformers' Trainer, plus one file per process from our trainers).
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+STATE_FILE = "rollouts_{rank}.pt"
+
+
+def missing_parts(checkpoint: Path, processes: int) -> list[str]:
+    """Names of what a checkpoint lacks to be resumed exactly by this number of processes; empty if it is whole."""
+    missing = []
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        missing.append("trainer_state.json (the checkpoint was cut off while it was written)")
+    names = [path.name for path in checkpoint.iterdir()] if checkpoint.is_dir() else []
+    if not any(name.endswith((".safetensors", ".bin")) or name.startswith("pytorch_model") for name in names):
+        missing.append("the model's weights")
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):
+        missing.append("optimizer.pt (saved with save_only_model=True?)")
+    ranks = range(processes)
+    wanted = [STATE_FILE.format(rank=rank) for rank in ranks]
+    wanted += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    extra = STATE_FILE.format(rank=processes)
+    missing += [name for name in wanted if name not in names]
+    if extra in names:
+        missing.append(f"agreement on the number of processes (it was made with more than {processes})")
+    return missing
+
+
+def resolve_checkpoint(resume: "bool | str | Path | None", output_dir: str, processes: int) -> str | None:
+    """The checkpoint to resume from, or None to start afresh.
+
+    Args:
+        resume: True for the newest whole checkpoint in `output_dir`, or a checkpoint's path.
+
+    Raises:
+        ValueError: no checkpoint, or the named one is not whole (what is missing is listed).
+    """
+    if resume in (None, False):
+        return None
+    if resume is not True:
+        path = Path(resume)
+        missing = missing_parts(path, processes)
+        if not path.is_dir() or missing:
+            problem = f"lacks {'; '.join(missing)}" if path.is_dir() else "does not exist"
+            others = [p.name for p in checkpoints(path.parent) if not missing_parts(p, processes)]
+            hint = f"whole ones beside it: {', '.join(others)}" if others else "there is no whole one beside it"
+            raise ValueError(f"can't resume from {str(path)!r}: it {problem}; {hint}.")
+        return str(path)
+    problems = []
+    for path in checkpoints(Path(output_dir)):
+        missing = missing_parts(path, processes)
+        if not missing:
+            for problem in problems:
+                warnings.warn(f"skipped a partial checkpoint: {problem}", stacklevel=3)
+            return str(path)
+        problems.append(f"{path.name} lacks {'; '.join(missing)}")
+    found = "; ".join(problems) or "there is none"
+    raise ValueError(f"can't resume: no whole checkpoint in {output_dir!r} ({found}).")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    paths = folder.glob("checkpoint-*") if folder.is_dir() else []
+    numbered = [path for path in paths if path.is_dir() and path.name.partition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
+
+
+def claim_output_dir(output_dir: str, overwrite: bool) -> None:
+    """Make sure that a fresh run finds its folder empty.
+
+    Raises:
+        ValueError: it is not, and `overwrite` is False.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"the output directory {output_dir!r} is not empty. Go on with that run: resume_from_checkpoint=True (on the "
+            "command line `--resume_from_checkpoint true`); or replace it: overwrite=True (`--overwrite`)."
+        )
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+
+
+class SafeCheckpoints:
+    """Mixin for `transformers.Trainer`s: a claimed output folder, whole checkpoints, exact resume.
+
+    The trainer's own state goes into one file per process, beside transformers' files; subclasses give `process_state`
+    and `load_process_state`.
+    """
+
+    def process_state(self) -> dict:
+        """What this process needs to go on exactly: tensors, numbers, text and containers of them."""
+        raise NotImplementedError
+
+    def load_process_state(self, state: dict) -> None:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: "bool | str | None" = None, **kwargs) -> TrainOutput:
+        """As `Trainer.train`, but a fresh run needs an empty folder and a resumed one a whole checkpoint.
+
+        Resuming a finished run restores it and takes no step.
+
+        Raises:
+            ValueError: a folder with files in it and neither `overwrite` nor resuming; a missing or partial checkpoint.
+        """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.args.world_size)
+        if checkpoint is None:
+            if self.is_world_process_zero():
+                claim_output_dir(self.args.output_dir, self.args.overwrite)
+            self.accelerator.wait_for_everyone()
+            return super().train(**kwargs)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if 0 < state.max_steps <= state.global_step and self.args.max_steps in (-1, state.max_steps):
+            print(f"{checkpoint} is the end of its run ({state.global_step} steps): nothing left to train.")
+            self._load_from_checkpoint(checkpoint)
+            self._load_own_state(checkpoint)
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may not have made it yet
+        torch.save(self.process_state(), Path(output_dir) / STATE_FILE.format(rank=self.args.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_own_state(checkpoint)
+
+    def _load_own_state(self, checkpoint: str) -> None:
+        file = Path(checkpoint) / STATE_FILE.format(rank=self.args.process_index)
+        self.load_process_state(torch.load(file, weights_only=True))

@@ -1,0 +1,386 @@
+"""Rollouts, and the sampler that makes them with transformers' `generate`.
+
+A completion ends with its first EOS, which belongs to it and is scored; one cut at the maximum length is an element of the
+space as it stands. Sampling is at temperature 1 without truncation unless the user asks, and `sampler_logp_B` is the log
+density of what was really sampled: it is recorded from the very logits that `generate` drew from, so no second pass is
+needed and a warped distribution is accounted for.
+
+Left out: scoring under other models (`scoring`), targets. Shapes: B samples, P prompt, T completion tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .encoding import tokenize_prompts
+from .partition import prompt_key
+
+
+@dataclass
+class Rollouts:
+    """A batch of prompts with sampled completions, and what has been computed about them.
+
+    Token tensors live where the model does; numbers per sample, (B,), on the CPU in float64 (keys in int64).
+
+    Attributes:
+        prompt_ids_BP, prompt_mask_BP: left-padded prompts (int64) and their mask (bool).
+        completion_ids_BT, completion_mask_BT: right-padded completions; the mask keeps the first EOS, if there is one.
+        prompt_key_B: int64 key of the prompt's token ids; samples with equal keys share one Z.
+        sampler_logp_B: log q(completion | prompt) of what produced it, in nats.
+        policy_logp_B: log pi of the policy at the time of the rollout; the same tensor where the policy was sampled from
+            without warping.
+        sampler_logps_BT: per-token log q, or None.
+        log_score_B, log_z_B, baseline_B: log P, log Z and the baseline, set once by the trainer.
+        prompts: B prompts, text or chat messages. columns: the dataset's other columns, B values each.
+        texts: the decoded completions (special tokens skipped).
+        scores: what factors computed once: features' values and log-probs of other models, (B,) each.
+    """
+
+    prompt_ids_BP: Tensor
+    prompt_mask_BP: Tensor
+    completion_ids_BT: Tensor
+    completion_mask_BT: Tensor
+    prompt_key_B: Tensor
+    sampler_logp_B: Tensor
+    policy_logp_B: Tensor
+    sampler_logps_BT: Tensor | None = None
+    log_score_B: Tensor | None = None
+    log_z_B: Tensor | None = None
+    baseline_B: Tensor | None = None
+    prompts: list = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    columns: dict[str, list] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids_BT)
+
+    @property
+    def completions(self) -> list:
+        """Completions as features see them: text, or one assistant message where the prompt is a chat."""
+        return [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(self.prompts, self.texts, strict=True)
+        ]
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.completion_mask_BT.sum(-1)
+
+    def completion_ids(self) -> list[list[int]]:
+        """Token ids of the completions, without padding."""
+        ids, lengths = self.completion_ids_BT.tolist(), self.lengths_B.tolist()
+        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+    def select(self, index: Tensor) -> "Rollouts":
+        """The samples at these positions (int64), in this order; completions are trimmed to their longest."""
+        rows = index.tolist()
+
+        def pick(value):
+            if isinstance(value, Tensor):
+                return value[index]
+            if isinstance(value, dict):
+                return {key: pick(item) for key, item in value.items()}
+            return [value[row] for row in rows] if value else value
+
+        chosen = Rollouts(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
+        longest = int(chosen.lengths_B.max()) if rows else 0
+        for name in ("completion_ids_BT", "completion_mask_BT", "sampler_logps_BT"):
+            if getattr(chosen, name) is not None:
+                setattr(chosen, name, getattr(chosen, name)[:, :longest])
+        return chosen
+
+    def tokens_to(self, device) -> "Rollouts":
+        """A copy with the token tensors on a device."""
+        tokens = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("_BP", "_BT"))}
+        return replace(self, **{name: value if value is None else value.to(device) for name, value in tokens.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @staticmethod
+    def concatenate(parts: "Sequence[Rollouts]") -> "Rollouts":
+        """One batch of several; prompts are padded on the left, completions on the right."""
+
+        def join(values: list, name: str):
+            first = values[0]
+            if first is None:
+                return None
+            if isinstance(first, dict):
+                return {key: join([value[key] for value in values], key) for key in first}
+            if not isinstance(first, Tensor):
+                return [item for value in values for item in value]
+            if first.dim() == 2:
+                width = max(value.shape[1] for value in values)
+                left = name.startswith("prompt")
+                values = [
+                    nn.functional.pad(v, (width - v.shape[1], 0) if left else (0, width - v.shape[1])) for v in values
+                ]
+            return torch.cat(values)
+
+        return Rollouts(**{f.name: join([getattr(part, f.name) for part in parts], f.name) for f in fields(Rollouts)})
+
+
+def completion_mask(ids_BT: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """(B, T) bool: True up to and including the first EOS after the prompt; pad ids play no part."""
+    is_eos = torch.isin(ids_BT, torch.tensor(list(eos_ids), device=ids_BT.device))
+    return is_eos.cumsum(-1) - is_eos.long() == 0
+
+
+class _RecordLogps(LogitsProcessor):
+    """Keeps log-probs of the tokens drawn from the scores that pass through, a column per step: O(B x V) memory."""
+
+    def __init__(self):
+        self.columns: list[Tensor] = []
+        self._scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._scores is not None:
+            self._take(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def _take(self, token_B: Tensor) -> None:
+        chosen = self._scores.gather(-1, token_B[:, None]).squeeze(-1)
+        self.columns.append(chosen - torch.logsumexp(self._scores, -1))
+
+    def finish(self, last_token_B: Tensor) -> Tensor:
+        """(B, T) log-probs; entries after the EOS are meaningless."""
+        self._take(last_token_B)
+        return torch.stack(self.columns, 1)
+
+
+# Options of `generate` that leave the distribution of completions alone.
+_NEUTRAL = {"cache_implementation", "cache_config", "compile_config", "disable_compile", "use_cache", "max_time"}
+
+
+class TransformersSampler:
+    """Samples completions with `generate`, recording log q.
+
+    Args:
+        tokenizer: with an EOS.
+        max_completion_length: T, in tokens.
+        max_context: the model's context length, or None where it has no limit.
+        temperature, top_k, top_p, min_p, repetition_penalty: warping; the defaults sample the model itself.
+        chat_template_kwargs: passed to the chat template.
+        generation_kwargs: further options of `generate` that don't change the distribution.
+
+    Raises:
+        ValueError: a tokenizer without EOS, or generation_kwargs that would change the distribution unseen.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_completion_length: int,
+        max_context: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        chat_template_kwargs: dict | None = None,
+        generation_kwargs: dict | None = None,
+        eos_ids: Sequence[int] = (),
+    ):
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no EOS token, so a completion could never end. Set one that the model was trained "
+                "with, e.g. tokenizer.eos_token = '</s>'."
+            )
+        unknown = sorted(set(generation_kwargs or {}) - _NEUTRAL)
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs {', '.join(unknown)} may change what is sampled without changing log q. Use the "
+                "options temperature, top_k, top_p, min_p, repetition_penalty and max_completion_length; allowed here: "
+                f"{', '.join(sorted(_NEUTRAL))}."
+            )
+        self.tokenizer = tokenizer
+        self.eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
+        self.max_completion_length, self.max_context = max_completion_length, max_context
+        self.chat_template_kwargs = chat_template_kwargs
+        self.generation_kwargs = generation_kwargs or {}
+        warpers: list[LogitsProcessor] = []
+        if repetition_penalty != 1.0:
+            warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        if temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k > 0:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            warpers.append(TopPLogitsWarper(top_p))
+        if min_p is not None:
+            warpers.append(MinPLogitsWarper(min_p))
+        self.warpers = warpers
+
+    @classmethod
+    def from_options(cls, tokenizer: PreTrainedTokenizerBase, model: nn.Module, options) -> "TransformersSampler":
+        """For a model and a `PolicyGradientConfig`: its context length, its EOS ids and the options' own names."""
+        eos_ids = model.generation_config.eos_token_id
+        return cls(
+            tokenizer,
+            options.max_completion_length,
+            max_context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            chat_template_kwargs=options.chat_template_kwargs,
+            generation_kwargs=options.generation_kwargs,
+            eos_ids=eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids],
+        )
+
+    def encode(self, prompts: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded ids (B, P), mask and keys (B,) of prompts.
+
+        Raises:
+            ValueError: a prompt leaves no room for the completion in the model's context.
+        """
+        distinct = {repr(prompt): prompt for prompt in prompts}  # a group's copies are tokenised once
+        ids = tokenize_prompts(list(distinct.values()), self.tokenizer, self.chat_template_kwargs)
+        longest = max(ids, key=len)
+        if self.max_context is not None and len(longest) + self.max_completion_length > self.max_context:
+            raise ValueError(
+                f"a prompt of {len(longest)} tokens and max_completion_length={self.max_completion_length} exceed the "
+                f"model's context of {self.max_context}. Shorten the prompts (this one begins "
+                f"{self.tokenizer.decode(longest)[:60]!r}) or lower max_completion_length."
+            )
+        place = {text: n for n, text in enumerate(distinct)}
+        index = torch.tensor([place[repr(prompt)] for prompt in prompts])
+        flipped = pad_sequence([torch.tensor(row).flip(0) for row in ids], batch_first=True, padding_value=-1)
+        padded = flipped.flip(1)
+        keys = torch.tensor([prompt_key(row) for row in ids])
+        mask = padded >= 0
+        return torch.where(mask, padded, self._pad_id)[index], mask[index], keys[index]
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_ids[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence,
+        columns: dict[str, list] | None = None,
+        autocast: Callable = nullcontext,
+        synced: bool = False,
+    ) -> Rollouts:
+        """One completion for each of the B prompts.
+
+        Args:
+            model: an unwrapped causal LM; its own generation defaults are not used.
+            prompts: text or chat messages, one for each sample (repeat a prompt to sample it several times).
+            columns: the dataset's other columns.
+            autocast: context of mixed precision.
+            synced: keep generating until every process is done (sharded models).
+        """
+        prompt_ids, prompt_mask, keys = self.encode(prompts)
+        device = next(model.parameters()).device
+        prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+        policy_record, sampler_record = _RecordLogps(), _RecordLogps()
+        recorders = [policy_record, *self.warpers, sampler_record] if self.warpers else [policy_record]
+        config = GenerationConfig(
+            do_sample=True,
+            max_new_tokens=self.max_completion_length,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            num_beams=1,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self._pad_id,
+            **{"use_cache": True, **self.generation_kwargs},
+        )
+        with _neutral_generation_config(model, config), autocast(), evaluating(model):
+            sequences = model.generate(
+                prompt_ids,
+                attention_mask=prompt_mask.long(),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(recorders),
+                synced_gpus=synced,
+            )
+        completion_ids = sequences[:, prompt_ids.shape[1] :]
+        mask = completion_mask(completion_ids, self.eos_ids)
+        last = completion_ids[:, -1]
+        policy_logps = torch.where(mask, policy_record.finish(last), 0.0)
+        sampler_logps = torch.where(mask, sampler_record.finish(last), 0.0) if self.warpers else policy_logps
+        policy_logp = policy_logps.sum(-1).cpu().double()
+        return Rollouts(
+            prompt_ids,
+            prompt_mask,
+            completion_ids,
+            mask,
+            keys,
+            sampler_logp_B=sampler_logps.sum(-1).cpu().double() if self.warpers else policy_logp,
+            policy_logp_B=policy_logp,
+            sampler_logps_BT=sampler_logps,
+            prompts=list(prompts),
+            texts=self.decode(completion_ids, mask),
+            columns=columns or {},
+        )
+
+    def decode(self, completion_ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
+        ids, lengths = completion_ids_BT.tolist(), mask_BT.sum(-1).tolist()
+        rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Dropout and the like off for the duration."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _neutral_generation_config(model: nn.Module, config: GenerationConfig):
+    """`generate` fills unset options from the model's own generation config: put ours in its place meanwhile."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def unsharded(module: nn.Module, accelerator):
+    """The plain model under a wrapped one, with its full parameters for the duration (FSDP2, DeepSpeed ZeRO-3)."""
+    model = accelerator.unwrap_model(module)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            yield model
+        return
+    shards = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in shards:
+        part.unshard()
+    try:
+        yield model
+    finally:
+        for part in shards:
+            part.reshard()

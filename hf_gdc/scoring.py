@@ -1,0 +1,166 @@
+"""Log-probabilities of completions: the one scoring path that serves reference, policy and teachers.
+
+One pass through the backbone; the vocabulary's logits exist only for the completion's real tokens, and only a chunk of
+them at a time, so that memory does not grow with length x vocabulary. The forward runs inside the wrapped module's own
+`__call__` (DDP, FSDP, DeepSpeed), so gradient synchronisation and sharding hooks see an ordinary forward.
+
+Exactness: float32 log-softmax at temperature 1, position ids that skip left padding, EOS scored once where the
+completion's mask keeps it. Dropout is the caller's matter (`model.eval()` or `disable_dropout`).
+
+Left out: sampling (`rollouts`) and losses (`objectives`). Shapes: B samples, P prompt, T completion, N real tokens,
+H hidden, V vocabulary.
+"""
+
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class PolicyOutput:
+    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs, and entropies if asked."""
+
+    logps_BT: Tensor
+    entropy_BT: Tensor | None = None
+
+    @property
+    def logp_B(self) -> Tensor:
+        """log pi(completion | prompt), in nats."""
+        return self.logps_BT.sum(-1)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The causal LM itself, under a PEFT wrapper if there is one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class Scorer:
+    """Scores completions under one causal LM.
+
+    Args:
+        model: the unwrapped model (`PreTrainedModel` or `PeftModel`), before `accelerator.prepare`.
+        autocast: gives the context for mixed precision, e.g. `accelerator.autocast`.
+        chunk_elements: the most logits (tokens x vocabulary) that exist at once.
+    """
+
+    def __init__(self, model: nn.Module, autocast=nullcontext, chunk_elements: int = 2**24):
+        self.model, self.autocast, self.chunk_elements = model, autocast, chunk_elements
+        parameters = inspect.signature(causal_lm(model).forward).parameters
+        self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
+        self._head_is_separate = _head_is_separate(causal_lm(model))
+
+    def __call__(
+        self,
+        prompt_ids_BP: Tensor,
+        prompt_mask_BP: Tensor,
+        completion_ids_BT: Tensor,
+        completion_mask_BT: Tensor,
+        module: nn.Module | None = None,
+        entropy: bool = False,
+    ) -> PolicyOutput:
+        """Log-probs and entropies of the completions.
+
+        Args:
+            prompt_ids_BP, prompt_mask_BP: left-padded prompts, mask 1 on real tokens.
+            completion_ids_BT, completion_mask_BT: right-padded completions; the mask keeps the first EOS.
+            module: the accelerate-wrapped model to run through (needed where gradients are wanted).
+        """
+        length = completion_ids_BT.shape[1]
+        ids = torch.cat([prompt_ids_BP, completion_ids_BT[:, :-1]], 1)  # the last token is only a target
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if not bool(prompt_mask_BP.all()):  # right padding needs no mask: causality hides it from the real tokens
+            mask = torch.cat([prompt_mask_BP, completion_mask_BT[:, :-1]], 1).long()
+            inputs["attention_mask"] = mask
+            if "position_ids" in self._accepts:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        keep = completion_mask_BT.bool()
+        targets_N = completion_ids_BT[keep]
+
+        if self._head_is_separate:
+            logps_N, entropy_N = _run_inside(
+                self.model if module is None else module,
+                self.model,
+                lambda: self._backbone_pass(inputs, keep, targets_N),
+            )
+        else:
+            if "logits_to_keep" in self._accepts:
+                inputs["logits_to_keep"] = length
+            with self.autocast():
+                logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
+            logps_N, entropy_N = _token_logps(logits_BTV[keep], targets_N)
+        blank = torch.zeros(keep.shape, dtype=logps_N.dtype, device=logps_N.device)
+        return PolicyOutput(blank.masked_scatter(keep, logps_N), blank.masked_scatter(keep, entropy_N))
+
+    def _backbone_pass(self, inputs: dict, keep_BT: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        lm, length = causal_lm(self.model), keep_BT.shape[1]
+        with self.autocast():
+            hidden_BTH = lm.base_model(**inputs).last_hidden_state[:, -length:]
+            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N)
+
+    def rollouts(self, rollouts, module: nn.Module | None = None) -> PolicyOutput:
+        """The same for `Rollouts`."""
+        return self(
+            rollouts.prompt_ids_BP,
+            rollouts.prompt_mask_BP,
+            rollouts.completion_ids_BT,
+            rollouts.completion_mask_BT,
+            module,
+        )
+
+    def _in_chunks(self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        vocabulary = head.weight.shape[0]
+        size = max(1, self.chunk_elements // vocabulary)
+        if len(targets_N) <= size:
+            return _token_logps(head(hidden_NH), targets_N)
+
+        def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return _token_logps(head(hidden), targets)
+
+        parts = [
+            checkpoint(chunk_logps, hidden, targets, use_reentrant=False)
+            for hidden, targets in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
+        ]
+        return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(target) with gradient and the entropy without, from float32 logits (float64 stays float64)."""
+    dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    logp_NV = torch.log_softmax(logits_NV, -1, dtype=dtype)
+    with torch.no_grad():
+        entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(dtype).min)).sum(-1)
+    return logp_NV.gather(-1, targets_N[:, None]).squeeze(-1), entropy_N
+
+
+@torch.no_grad()
+def _head_is_separate(lm: nn.Module) -> bool:
+    """Whether logits are just head(backbone): some models scale or cap them (Gemma 2, Cohere), which chunks would miss."""
+    head, backbone = lm.get_output_embeddings(), lm.base_model
+    if head is None or backbone is lm:
+        return False
+    training = lm.training
+    lm.eval()
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    separate = hidden is not None and torch.equal(head(hidden), lm(input_ids=ids, use_cache=False).logits)
+    lm.train(training)
+    return separate
+
+
+def _run_inside(module: nn.Module, inner: nn.Module, function) -> Any:
+    """Call `module` with `function` standing in for `inner.forward`, so the wrapper's hooks run around it."""
+    own_forward = inner.__dict__.get("forward")  # accelerate's mixed precision leaves one on the instance
+    inner.forward = function
+    try:
+        return module()
+    finally:
+        if own_forward is None:
+            del inner.forward
+        else:
+            inner.forward = own_forward

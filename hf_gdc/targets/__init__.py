@@ -1,0 +1,8 @@
+"""Targets: what the policy is to match."""
+
+from .base import Context, Factor, Target
+from .constraints import Moment, Pointwise
+from .reference import Policy, Reference
+from .reward import Reward
+
+__all__ = ["Context", "Factor", "Moment", "Pointwise", "Policy", "Reference", "Reward", "Target"]

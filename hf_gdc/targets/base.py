@@ -1,0 +1,294 @@
+"""Targets as products of factors.
+
+    log P(x) = sum_k weight_k * log_score_k(x)
+
+A method is a factor: it says what its term of log P is, whether that can be -inf, and how it is fitted. The product knows
+nothing of particular methods.
+
+Left out: the factors themselves, each in a file of its own, and the partition Z. Shapes: B samples of one process,
+N gathered ones, K moments.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..moments import fit_moments, weighted_stats
+from ..partition import DivergenceEstimator, group_logsumexp, group_sum
+from ..rollouts import Rollouts
+
+
+@dataclass
+class Context:
+    """What a factor may need from where it is used.
+
+    `reference_logp(rollouts)` gives log a (B,) on the CPU; `sample_reference(prompts)` draws from a, one completion for
+    each prompt; `gather` joins a CPU tensor of equal length over processes (the identity on one).
+    """
+
+    reference_logp: Callable[[Rollouts], Tensor]
+    sample_reference: Callable[[Sequence], Rollouts]
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+class Factor:
+    """One term of log P. A new method implements `log_score`, and the rest where it needs to.
+
+    Class attributes:
+        hard: the score may be -inf.
+        log_linear: the score is `self.lam * self.feature(rollouts)` with `self.mean` wanted; the target solves for all
+            such lambdas jointly.
+    """
+
+    hard = False
+    log_linear = False
+
+    def bind(self, context: Context) -> None:
+        """Receive what the factor needs; called once before it is used."""
+
+    def log_score(self, rollouts: Rollouts) -> Tensor:
+        """(B,) log of this factor, on the CPU in float64."""
+        raise NotImplementedError
+
+    def fit(self, rollouts: Rollouts, real: Rollouts | None = None) -> bool:
+        """Learn from a batch (and from real data, where there is some); True if P changed."""
+        return False
+
+    def formula(self) -> str:
+        """This factor in a line of mathematics."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict:
+        """Arguments that make it again, JSON only.
+
+        Raises:
+            ValueError: it holds something that can't be written down.
+        """
+        return {}
+
+    def state_dict(self) -> dict:
+        """What was learned: tensors, numbers and lists."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+    def __mul__(self, other: "Factor") -> "Target":
+        return Target([*_terms(self), *_terms(other)])
+
+    def __pow__(self, weight: float) -> "Target":
+        return Target([(factor, weight * own) for factor, own in _terms(self)])
+
+    def __repr__(self) -> str:
+        return self.formula()
+
+
+def _terms(factor: Factor) -> list[tuple[Factor, float]]:
+    return factor.terms if isinstance(factor, Target) else [(factor, 1.0)]
+
+
+class Target(Factor):
+    """The unnormalised target P: a product of factors, each with a power.
+
+        target = Reference() * Pointwise("contains:dragon") * Moment("contains:she", 0.5)
+
+    Args:
+        terms: factors with their powers, or plain factors.
+
+    `version` is raised whenever a fit changes P.
+    """
+
+    def __init__(self, terms: Sequence["Factor | tuple[Factor, float]"]):
+        self.terms = [term if isinstance(term, tuple) else (term, 1.0) for term in terms]
+        for factor, weight in self.terms:
+            if not isinstance(factor, Factor):
+                raise ValueError(f"a target is a product of factors; {factor!r} is not one.")
+            if factor.log_linear and weight != 1.0 or not weight > 0:
+                raise ValueError(f"{factor.formula()} can't be raised to the power {weight:g}.")
+        self.moments = [factor for factor, _ in self.terms if factor.log_linear]
+        names = [factor.feature.name for factor in self.moments]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each moment needs a feature of its own, but these were given: {', '.join(names)}.")
+        self.version = 0
+        self.ess = 0.0  # of the last fit of the moments
+        self.fit_window = 0  # samples kept for refits, set by the first fit
+        self._window: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._context: Context | None = None
+
+    @property
+    def hard(self) -> bool:
+        return any(factor.hard for factor, _ in self.terms)
+
+    def bind(self, context: Context) -> None:
+        self._context = context
+        for factor, _ in self.terms:
+            factor.bind(context)
+
+    def log_weight(self, rollouts: Rollouts) -> Tensor:
+        """(B,) log P - log q in float64: the primary quantity."""
+        return self._sum(rollouts, self.terms) - rollouts.sampler_logp_B
+
+    def log_score(self, rollouts: Rollouts) -> Tensor:
+        """(B,) log P in float64."""
+        return self._sum(rollouts, self.terms)
+
+    def _sum(self, rollouts: Rollouts, terms) -> Tensor:
+        return sum(
+            (weight * factor.log_score(rollouts) for factor, weight in terms),
+            start=torch.zeros(len(rollouts), dtype=torch.float64),
+        )
+
+    def fit(self, rollouts: Rollouts, real: Rollouts | None = None) -> bool:
+        """Fit learned factors and, jointly, the moments' lambdas; raises `version` and returns True if P changed.
+
+        The first call (a pool from the reference) always fits the moments. Later rollouts join a window of recent
+        samples, weighted towards the target, and lambda is fitted again whenever the window's effective sample size has
+        doubled: rare constraints leave few samples of the reference, but the trained policy gives many.
+        """
+        changed = any([factor.fit(rollouts, real) for factor, _ in self.terms if not factor.log_linear])
+        if self.moments:
+            changed = self._fit_moments(rollouts) or changed
+        self.version += changed
+        return changed
+
+    def _fit_moments(self, rollouts: Rollouts) -> bool:
+        rest = [(factor, weight) for factor, weight in self.terms if not factor.log_linear]
+        log_w = self._sum(rollouts, rest) - rollouts.sampler_logp_B
+        phi = torch.stack([moment.feature(rollouts) for moment in self.moments], 1)
+        gather = self._context.gather
+        phi, log_w, key = gather(phi), gather(log_w), gather(rollouts.prompt_key_B)
+        self._window.append((phi, _by_batch(log_w, key), key))
+        self.fit_window = self.fit_window or len(phi)
+        while sum(len(part[0]) for part in self._window[1:]) >= self.fit_window:
+            self._window.pop(0)
+        phi, log_w, key = (torch.cat(parts) for parts in zip(*self._window, strict=True))
+        lam = torch.tensor([moment.lam for moment in self.moments], dtype=torch.float64)
+        if self.ess > 0:
+            alive = log_w > -torch.inf
+            keys, group = torch.unique(key[alive], return_inverse=True)
+            if weighted_stats(lam, phi[alive], log_w[alive], group, len(keys))[3] < 2 * self.ess:
+                return False
+        wanted = torch.tensor([moment.mean for moment in self.moments], dtype=torch.float64)
+        fit = fit_moments(phi, log_w, wanted, key, lam, [moment.feature.name for moment in self.moments])
+        for moment, value in zip(self.moments, fit.lam.tolist(), strict=True):
+            moment.lam = value
+        self.ess = fit.ess
+        return True
+
+    def report(
+        self, prompts: Sequence = ("",), num_samples: int = 4096, rollouts: Rollouts | None = None
+    ) -> dict[str, float]:
+        """What to know before a long run, from samples of the reference (drawn, or given as `rollouts`).
+
+        Returns each feature's mean under the reference (`base/NAME`), the fitted `lambda/NAME`, `log_z` with its standard
+        error, `in_support` (share of samples with P > 0), `kl_target_reference` (how far p is from a, in nats), `ess` and
+        `prompts_without_support`. Fits the moments if that has not been done.
+        """
+        if rollouts is None:
+            each = max(1, num_samples // len(prompts))
+            rollouts = self._context.sample_reference([prompt for prompt in prompts for _ in range(each)])
+        if self.moments and self.ess == 0:
+            self.fit(rollouts)
+        gather = self._context.gather
+        log_score, logp = gather(self.log_score(rollouts)), gather(rollouts.sampler_logp_B)
+        keys, group = torch.unique(gather(rollouts.prompt_key_B), return_inverse=True)
+        in_support = gather((self.log_score(rollouts) > -torch.inf).double())
+        share_G = group_sum(in_support, group, len(keys)) / group_sum(torch.ones_like(in_support), group, len(keys))
+        estimate = DivergenceEstimator(log_score, logp, logp, group, len(keys), share_G)
+        log_z, stderr = estimate.log_z()
+        distance = (estimate.w_B * torch.where(estimate.alive_B, -estimate.log_t_B, 0.0)).sum() / len(estimate.w_B)
+        named = {factor.feature.name: factor.feature for factor, _ in self.terms if hasattr(factor, "feature")}
+        numbers = {f"base/{name}": float(gather(feature(rollouts)).mean()) for name, feature in named.items()}
+        numbers |= {f"lambda/{moment.feature.name}": moment.lam for moment in self.moments}
+        numbers |= {"log_z": log_z, "log_z_stderr": stderr, "in_support": float(share_G.mean())}
+        numbers |= {"kl_target_reference": float(distance), "prompts_without_support": float(estimate.unknown)}
+        total = estimate.w_B.sum()
+        return numbers | {"ess": float(total**2 / (estimate.w_B**2).sum()) if total > 0 else 0.0}
+
+    def formula(self) -> str:
+        parts = [factor.formula() + (f"^{weight:g}" if weight != 1.0 else "") for factor, weight in self.terms]
+        wanted = [f"E[{moment.feature.name}] = {moment.mean:g}" for moment in self.moments]
+        return "P(x) = " + " * ".join(parts) + (f"   with {', '.join(wanted)}" if wanted else "")
+
+    def state_dict(self) -> dict:
+        return {
+            "version": self.version,
+            "ess": self.ess,
+            "fit_window": self.fit_window,
+            "window": self._window,
+            "factors": [factor.state_dict() for factor, _ in self.terms],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.version, self.ess, self.fit_window = state["version"], state["ess"], state["fit_window"]
+        self._window = [tuple(part) for part in state["window"]]
+        for (factor, _), own in zip(self.terms, state["factors"], strict=True):
+            factor.load_state_dict(own)
+
+    def save_pretrained(self, path: "str | Path") -> None:
+        """Write the target to `path`/target.json, with copies of the files that its features come from.
+
+        Raises:
+            ValueError: a feature is a lambda or lives in a script: give it as "file.py:function".
+        """
+        folder, rows, files = Path(path), [], []
+        for factor, weight in self.terms:
+            arguments = _map_files(factor.to_dict(), lambda file: files.append(file) or file.name)
+            kind, state = type(factor).__name__, factor.state_dict()
+            rows.append({"type": kind, "power": weight, "arguments": arguments, "state": state})
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copy(file, folder / file.name)
+        text = json.dumps({"format": 1, "formula": self.formula(), "ess": self.ess, "factors": rows}, indent=2)
+        (folder / "target.json").write_text(text + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: "str | Path") -> "Target":
+        """The target that `save_pretrained` wrote, lambdas included.
+
+        Raises:
+            ValueError: no target there, or one with a factor that this version doesn't know.
+        """
+        file = Path(path) / "target.json"
+        if not file.is_file():
+            raise ValueError(f"there is no target in {str(path)!r}: {file.name} is missing.")
+        content = json.loads(file.read_text())
+        kinds = {kind.__name__: kind for kind in Factor.__subclasses__()}
+        terms = []
+        for row in content["factors"]:
+            if row["type"] not in kinds:
+                raise ValueError(f"{file} has a factor {row['type']!r}; this version knows {', '.join(sorted(kinds))}.")
+            arguments = _map_files(row["arguments"], lambda source: str(file.parent / source))
+            factor = kinds[row["type"]](**arguments)
+            factor.load_state_dict(row["state"])
+            terms.append((factor, row["power"]))
+        target = cls(terms)
+        target.ess = content["ess"]
+        return target
+
+
+def _map_files(arguments: dict, change: Callable[[Path], str]) -> dict:
+    """The arguments with the file of every feature spelt file.py:function replaced."""
+
+    def mapped(spec: str) -> str:
+        source, _, name = spec.rpartition(":")
+        return f"{change(Path(source))}:{name}" if source.endswith(".py") else spec
+
+    spelt = {"feature": mapped, "reward_funcs": lambda specs: [mapped(spec) for spec in specs]}
+    return {key: spelt[key](value) if key in spelt else value for key, value in arguments.items()}
+
+
+def _by_batch(log_w: Tensor, key: Tensor) -> Tensor:
+    """Log weights of one batch, self-normalised per prompt and scaled by their effective sample size.
+
+    Batches of one window come from different policies; this weighs each by about the inverse of its variance.
+    """
+    keys, group = torch.unique(key, return_inverse=True)
+    total = group_logsumexp(log_w, group, len(keys))
+    log_ess = 2 * total - group_logsumexp(2 * log_w, group, len(keys))
+    return torch.where(log_w > -torch.inf, log_w + (log_ess - total)[group], -torch.inf)

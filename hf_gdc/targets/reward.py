@@ -1,0 +1,65 @@
+"""exp(r(x) / beta): a reward as a factor.
+
+Reverse KL to a(x) * exp(r(x) / beta) is RLHF's objective E[r] - beta * KL(pi || a), up to scale and a constant
+(Korbak et al. 2022, arXiv 2206.00761, section 3).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..features import Feature
+from ..rollouts import Rollouts
+from .base import Factor
+
+
+class Reward(Factor):
+    """exp(sum_k weight_k * r_k(x) / beta), also a soft constraint.
+
+    Args:
+        reward_funcs: one reward function, or several, as TRL takes them; a function may return None for "not applicable".
+        beta: the temperature, > 0, as in TRL: small beta weighs the reward more against staying near the reference.
+        reward_weights: a weight for each function; default 1.
+
+    Raises:
+        ValueError: beta <= 0, or weights that don't match the functions.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: "str | Callable | Sequence[str | Callable]",
+        beta: float,
+        reward_weights: Sequence[float] | None = None,
+    ):
+        listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.features, self.beta = [Feature(function) for function in listed], float(beta)
+        self.weights = [1.0] * len(listed) if reward_weights is None else [float(w) for w in reward_weights]
+        if not self.beta > 0:
+            raise ValueError(f"Reward's beta must be positive, but is {beta!r}; use a small one for a strong reward.")
+        if not listed or len(self.weights) != len(listed):
+            raise ValueError(f"{len(listed)} reward functions need as many reward_weights, not {len(self.weights)}.")
+
+    def rewards(self, rollouts: Rollouts) -> Tensor:
+        """(B,) weighted sum of the rewards; a function that says None of a sample counts 0 there."""
+        values_BK = torch.stack([feature(rollouts, allow_none=True) for feature in self.features], 1)
+        return torch.nan_to_num(values_BK, nan=0.0) @ torch.tensor(self.weights, dtype=torch.float64)
+
+    def log_score(self, rollouts: Rollouts) -> Tensor:
+        return self.rewards(rollouts) / self.beta
+
+    def formula(self) -> str:
+        terms = [
+            feature.name if weight == 1.0 else f"{weight:g} {feature.name}"
+            for feature, weight in zip(self.features, self.weights, strict=True)
+        ]
+        return f"exp(({' + '.join(terms)}) / {self.beta:g})"
+
+    def to_dict(self) -> dict:
+        missing = [feature.name for feature in self.features if feature.spec is None]
+        if missing:
+            raise ValueError(
+                f"rewards {', '.join(missing)} can't be saved: give them as 'my_rewards.py:function' or from a module."
+            )
+        specs = [feature.spec for feature in self.features]
+        return {"reward_funcs": specs, "beta": self.beta, "reward_weights": self.weights}

@@ -1,0 +1,1 @@
+"""Trainers: one method in one file, on one wiring."""

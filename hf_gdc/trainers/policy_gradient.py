@@ -1,0 +1,328 @@
+"""The one policy-gradient trainer: prompts -> rollouts -> target -> partition -> advantages -> loss.
+
+The loop is `transformers.Trainer`'s. Rollouts are made inside of it, in `_prepare_inputs`, and last for
+`steps_per_generation * num_iterations` micro-steps; log P, log Z and baselines are computed once per rollout on the whole
+group, over all processes, before any micro-batching. A method adds a factor of the target or a `policy_loss`; nothing
+here asks which method it is.
+
+Left out: sampling and scoring (`actors`), estimates (`evaluation`), safe folders (`checkpoints`). Shapes: B samples of
+this process, N of all processes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from ..actors import Actors
+from ..arguments import PolicyGradientConfig
+from ..checkpoints import SafeCheckpoints
+from ..divergences import Divergence
+from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated, rollout_metrics
+from ..loading import disable_dropout, load_policy, load_tokenizer
+from ..partition import Partition, leave_one_out_baseline
+from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream
+from ..reporting import Averages, length_metrics, log_samples
+from ..rollouts import Rollouts, TransformersSampler
+from ..scoring import PolicyOutput
+from ..targets.base import Context, Factor, Target
+
+
+class PolicyGradientTrainer(SafeCheckpoints, Trainer):
+    """Moves a policy towards a target by the score-function gradient of an f-divergence.
+
+    Args:
+        model: Hub id, path or model: the policy, whose start is the reference.
+        target: a `Target` or a single factor.
+        args: a `PolicyGradientConfig`.
+        train_dataset: rows with a `prompt` (text or chat messages); other columns go to the features. None: empty prompts,
+            for which `max_steps` is needed.
+        eval_dataset: prompts for `evaluate`; default the training prompts.
+        processing_class: the tokenizer; default the one beside the model.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: train an adapter; the reference is then the model with its adapter off.
+
+    Subclasses give `divergence` and `policy_loss`.
+
+    Raises:
+        ValueError: what can't work, before anything is computed or written.
+    """
+
+    divergence: Divergence
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        target: Factor,
+        args: PolicyGradientConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        model = load_policy(model, args.model_init_kwargs, peft_config)
+        tokenizer = load_tokenizer(processing_class, model)
+        sampler = TransformersSampler.from_options(tokenizer, model, args)
+        if args.disable_dropout:
+            disable_dropout(model)
+        if train_dataset is None:
+            train_dataset = _empty_prompts(args)
+            eval_dataset = EmptyPrompts(1) if eval_dataset is None else eval_dataset
+        else:
+            first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # rows are not tensors: each process reads the stream
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        set_seed(args.seed, device_specific=True)  # processes must not sample the same rollouts
+        self.loss_is_scaled_for_ga = False
+        self.target = target if isinstance(target, Target) else Target([target])
+        self.partition = Partition()
+        self.actors = Actors(
+            self.model,
+            lambda: self.model_wrapped,
+            self.accelerator,
+            sampler,
+            args.per_device_eval_batch_size,
+            args.seed,
+        )
+        self.target.bind(Context(self.actors.reference_logp, self._sample_reference, self.actors.gather))
+        self._averages = Averages()
+        self._fitted = False
+        self._micro_steps = 0  # taken with the current rollouts
+        self._buffer: list[Rollouts] = []
+        self._last_rollouts: Rollouts | None = None
+        self._pools: dict[tuple, Rollouts] = {}
+
+    # ---- what a method gives ----
+
+    def policy_loss(self, out: PolicyOutput, reward_B: Tensor, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per sample and metrics, each (B,), from pseudo-rewards -f'(pi/p)."""
+        raise NotImplementedError
+
+    def pseudo_reward(self, log_t: Tensor) -> Tensor:
+        """-f'(pi/p) from log t = log pi - log p, elementwise."""
+        return -self.divergence.f_prime(log_t)
+
+    # ---- the heart ----
+
+    def compute_loss(self, model, inputs: Rollouts, return_outputs=False, num_items_in_batch=None):
+        """The mean loss of a micro-batch of weighed rollouts."""
+        out = self.actors.scorer.rollouts(inputs, module=model)
+        known_B = inputs.log_z_B > -torch.inf  # a prompt whose Z is still 0 has no target yet
+        log_p_B = inputs.log_score_B - torch.where(known_B, inputs.log_z_B, 0.0)
+        known_B, log_p_B = known_B.to(out.logp_B.device), log_p_B.to(out.logp_B.dtype).to(out.logp_B.device)
+        reward_B = torch.where(known_B, self.pseudo_reward(out.logp_B.detach() - log_p_B), 0.0)
+        loss_B, metrics = self.policy_loss(out, reward_B, inputs)
+        self._averages.add({name: float(value[known_B].mean()) for name, value in metrics.items()})
+        loss = torch.where(known_B, loss_B, 0.0).mean()
+        return (loss, out) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: list[dict]) -> Rollouts:
+        """The micro-batch of rollouts for this micro-step; `inputs` are the rows of a whole set of rollouts."""
+        steps = self.args.steps_per_generation
+        if not self._buffer or self._micro_steps == steps * self.args.num_iterations:
+            rollouts = self._make_rollouts(inputs)
+            order = torch.randperm(len(rollouts)) if steps > 1 else torch.arange(len(rollouts))
+            self._buffer = [rollouts.select(part) for part in order.chunk(steps)]
+            self._micro_steps = 0
+        self._micro_steps += 1
+        return self._buffer[(self._micro_steps - 1) % steps]
+
+    def _make_rollouts(self, rows: list[dict]) -> Rollouts:
+        if not self._fitted:
+            self._fit_on_reference()
+        rollouts = self.actors.sample_policy(rows)
+        scored_N, log_z_N = self.weigh(rollouts)
+        self._last_rollouts = rollouts
+        metrics = rollout_metrics(scored_N, log_z_N, self.partition) | self._sample_metrics(rollouts)
+        self._averages.add(metrics, samples=len(scored_N.log_score))
+        return rollouts
+
+    def weigh(self, rollouts: Rollouts) -> tuple[Scored, Tensor]:
+        """Set log P, log Z and the baseline of this process's rollouts, from those of all processes; updates Z.
+
+        Returns the numbers of all processes' samples, and their log Z (N,).
+        """
+        self.target.log_weight(rollouts)  # features and other models' log-probs, once
+        self.target.fit(rollouts)
+        scored_N = self._gather_scored(rollouts)
+        log_w_N = scored_N.log_score - scored_N.sampler_logp
+        self.partition.update(scored_N.prompt_key, log_w_N, self.target.version)
+        log_z_N = self.partition.log_z(scored_N.prompt_key)
+        known_N = log_z_N > -torch.inf
+        if not bool(known_N.any()):
+            self._refuse_empty_support()
+        log_t_N = scored_N.policy_logp - scored_N.log_score + torch.where(known_N, log_z_N, 0.0)
+        reward_N = torch.where(known_N, self.pseudo_reward(log_t_N), 0.0)
+        baseline_N = torch.zeros_like(reward_N)
+        if not self.divergence.baseline_is_zero:
+            keys, group_N = torch.unique(scored_N.prompt_key, return_inverse=True)
+            log_ratio_N = scored_N.policy_logp - scored_N.sampler_logp
+            baseline_N = leave_one_out_baseline(reward_N, log_ratio_N, group_N, len(keys))
+        start = self.args.process_index * len(rollouts)
+        mine = slice(start, start + len(rollouts))
+        rollouts.log_score_B, rollouts.log_z_B = scored_N.log_score[mine], log_z_N[mine]
+        rollouts.baseline_B = baseline_N[mine]
+        return scored_N, log_z_N
+
+    def _gather_scored(self, rollouts: Rollouts, policy_logp: Tensor | None = None) -> Scored:
+        gather = self.actors.gather
+        return Scored(
+            log_score=gather(self.target.log_weight(rollouts) + rollouts.sampler_logp_B),
+            reference_logp=gather(self.actors.reference_logp(rollouts)),
+            policy_logp=gather(rollouts.policy_logp_B if policy_logp is None else policy_logp),
+            sampler_logp=gather(rollouts.sampler_logp_B),
+            prompt_key=gather(rollouts.prompt_key_B),
+        )
+
+    # ---- before the first step ----
+
+    def _fit_on_reference(self) -> None:
+        """Fit the moments and start log Z on samples of the reference; show what the run is up against."""
+        self._fitted = True
+        if not self.args.fit_samples:
+            return
+        each = 1 if isinstance(self.train_dataset, EmptyPrompts) else max(self.args.num_generations, 16)
+        rows = first_rows(self.train_dataset, max(1, self.args.fit_samples // each))
+        pool = self._reference_pool(rows, self.args.fit_samples)
+        self.target.fit(pool)
+        scored_N = self._gather_scored(pool)
+        log_w_N = scored_N.log_score - scored_N.sampler_logp
+        self.partition.update(scored_N.prompt_key, log_w_N, self.target.version)
+        report = finite(self.target.report(rollouts=pool))
+        if self.is_world_process_zero():
+            print(f"target: {self.target}")
+            print("under the reference: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+
+    def _sample_reference(self, prompts: Sequence) -> Rollouts:
+        return self.actors.draw([{"prompt": prompt} for prompt in prompts], from_reference=True)
+
+    def _reference_pool(self, rows: Sequence[dict], total: int) -> Rollouts:
+        """About `total` cached samples of the reference for these rows, shared by the processes."""
+        key = (total, *(repr(row["prompt"]) for row in rows))
+        if key not in self._pools:
+            self._pools[key] = self.actors.draw(repeated(rows, total), from_reference=True)
+        return self._pools[key]
+
+    def _refuse_empty_support(self) -> None:
+        hard = [factor.formula() for factor, _ in self.target.terms if factor.hard]
+        raise ValueError(
+            f"none of {self.partition.samples} samples satisfies {' * '.join(hard) or self.target.formula()} (the reference's "
+            f"{self.args.fit_samples} fit_samples and the first rollouts), so there is nothing to learn from. Check the "
+            "feature on a text of your own, raise fit_samples, start from a model that does it sometimes, or use a soft "
+            "constraint: Reward(feature, beta=0.1)."
+        )
+
+    # ---- reports ----
+
+    def _sample_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """Means over all processes of features, lengths and entropy."""
+        metrics = {
+            f"features/{name}": value.mean() for name, value in rollouts.scores.items() if name != "reference_logp"
+        }
+        metrics |= length_metrics(rollouts, self.actors.sampler.eos_ids)
+        metrics["entropy"] = -rollouts.policy_logp_B.sum() / rollouts.lengths_B.sum().cpu()
+        means = self.actors.gather(torch.stack([torch.as_tensor(v).double() for v in metrics.values()]))
+        return dict(zip(metrics, means.view(-1, len(metrics)).mean(0).tolist(), strict=True))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Every divergence between policy and target (with `_stderr`), log Z, ESS, features, lengths: see `evaluation`.
+
+        `eval_samples` completions of the policy for the prompts of the evaluation (or training) dataset, pooled with
+        `reference_samples` cached ones of the reference. The training's random numbers are left alone.
+        """
+        dataset = eval_dataset or self.eval_dataset or self.train_dataset
+        rows = first_rows(dataset, 1 if isinstance(dataset, EmptyPrompts) else self.args.eval_samples)
+        if not self._fitted:
+            self._fit_on_reference()
+        reference = self._reference_pool(rows, self.args.reference_samples)
+        policy = self.actors.draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
+        alive = (self.target.log_score(reference) > -torch.inf).nonzero().flatten()
+        policy_logp = torch.zeros(len(reference), dtype=torch.float64)
+        policy_logp[alive] = self.actors.policy_logp(reference.select(alive))
+        scored = self._gather_scored(policy)
+        metrics = pooled_metrics(scored, self._gather_scored(reference, policy_logp))
+        metrics["kl_policy_reference"] = float((scored.policy_logp - scored.reference_logp).mean())
+        metrics |= self._sample_metrics(policy)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in finite(metrics).items()}
+        self.evaluation_samples = policy
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training step's, not an evaluation's or the end's
+            logs = {**logs, **self._averages.pop()}
+            if self.args.log_completions and self._last_rollouts is not None and self.is_world_process_zero():
+                log_samples(
+                    self._last_rollouts,
+                    self.args.output_dir,
+                    self.state.global_step,
+                    self.args.num_completions_to_print,
+                )
+        super().log(logs, start_time)
+
+    # ---- the Trainer's hooks ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each batch has the rows of a whole set of rollouts and comes as often as its micro-steps."""
+        args = self.args
+        batch = args.generation_batch_size
+        pattern = {"batch_repeats": args.steps_per_generation * args.num_iterations}
+        if isinstance(self.train_dataset, EmptyPrompts):
+            pattern |= {"prompts_per_batch": batch * args.world_size, "shuffle": False}
+        else:
+            pattern |= {
+                "prompts_per_batch": batch // args.num_generations * args.world_size,
+                "repeats_per_prompt": args.num_generations,
+            }
+        if isinstance(self.train_dataset, IterableDataset):
+            loader = DataLoader(PromptStream(self.train_dataset, **pattern), batch, collate_fn=list, drop_last=True)
+        else:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            pattern = {"shuffle": args.shuffle_dataset, "seed": seed} | pattern
+            sampler = PromptSampler(len(self.train_dataset), **pattern)
+            loader = DataLoader(self.train_dataset, batch, sampler=sampler, collate_fn=list, drop_last=True)
+        return self.accelerator.prepare(loader)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # rows are not model inputs, so there is nothing to count here
+
+    def process_state(self) -> dict:
+        return {
+            "fitted": self._fitted,
+            "micro_steps": self._micro_steps,
+            "buffer": [part.state_dict() for part in self._buffer],
+            "partition": self.partition.state_dict(),
+            "target": self.target.state_dict(),
+        }
+
+    def load_process_state(self, state: dict) -> None:
+        self._fitted, self._micro_steps = state["fitted"], state["micro_steps"]
+        self._buffer = [Rollouts(**part).tokens_to(self.args.device) for part in state["buffer"]]
+        self.partition.load_state_dict(state["partition"])
+        self.target.load_state_dict(state["target"])
+
+
+def _empty_prompts(args: PolicyGradientConfig) -> EmptyPrompts:
+    """As many empty prompts as the run takes, so that it is one epoch."""
+    if args.max_steps <= 0:
+        raise ValueError("without a train_dataset the prompts are empty and the run has no length: set max_steps.")
+    sets = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
+    return EmptyPrompts(sets * args.generation_batch_size * args.world_size)
