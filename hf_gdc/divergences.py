@@ -68,7 +68,7 @@ class Divergence:
         value = self._f(log_t)
         if self._gauge:
             value = value - self._gauge * torch.expm1(log_t)
-        return torch.where(log_t == math.inf, math.inf, value)
+        return torch.where(torch.exp(log_t) == math.inf, math.inf, value)  # t overflows: no inf - inf
 
     def f_prime(self, log_t: Tensor) -> Tensor:
         """f'(t), gauged so that f'(1) = 0. Same shape as `log_t`; its limit (maybe inf) at log t = inf."""

@@ -64,12 +64,13 @@ class Scorer:
         module: nn.Module | None = None,
         entropy: bool = False,
     ) -> PolicyOutput:
-        """Log-probs and entropies of the completions.
+        """Log-probs of the completions.
 
         Args:
             prompt_ids_BP, prompt_mask_BP: left-padded prompts, mask 1 on real tokens.
             completion_ids_BT, completion_mask_BT: right-padded completions; the mask keeps the first EOS.
             module: the accelerate-wrapped model to run through (needed where gradients are wanted).
+            entropy: also give the entropies of the next-token distributions, without gradient.
         """
         length = completion_ids_BT.shape[1]
         ids = torch.cat([prompt_ids_BP, completion_ids_BT[:, :-1]], 1)  # the last token is only a target
@@ -83,27 +84,27 @@ class Scorer:
         targets_N = completion_ids_BT[keep]
 
         if self._head_is_separate:
-            logps_N, entropy_N = _run_inside(
+            per_token = _run_inside(
                 self.model if module is None else module,
                 self.model,
-                lambda: self._backbone_pass(inputs, keep, targets_N),
+                lambda: self._backbone_pass(inputs, keep, targets_N, entropy),
             )
         else:
             if "logits_to_keep" in self._accepts:
                 inputs["logits_to_keep"] = length
             with self.autocast():
                 logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
-            logps_N, entropy_N = _token_logps(logits_BTV[keep], targets_N)
-        blank = torch.zeros(keep.shape, dtype=logps_N.dtype, device=logps_N.device)
-        return PolicyOutput(blank.masked_scatter(keep, logps_N), blank.masked_scatter(keep, entropy_N))
+            per_token = _token_stats(logits_BTV[keep], targets_N, entropy)
+        blank = torch.zeros(keep.shape, dtype=per_token[0].dtype, device=keep.device)
+        return PolicyOutput(*(blank.masked_scatter(keep, values_N) for values_N in per_token))
 
-    def _backbone_pass(self, inputs: dict, keep_BT: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _backbone_pass(self, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
         lm, length = causal_lm(self.model), keep_BT.shape[1]
         with self.autocast():
             hidden_BTH = lm.base_model(**inputs).last_hidden_state[:, -length:]
-            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N)
+            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N, entropy)
 
-    def rollouts(self, rollouts, module: nn.Module | None = None) -> PolicyOutput:
+    def rollouts(self, rollouts, module: nn.Module | None = None, entropy: bool = False) -> PolicyOutput:
         """The same for `Rollouts`."""
         return self(
             rollouts.prompt_ids_BP,
@@ -111,31 +112,31 @@ class Scorer:
             rollouts.completion_ids_BT,
             rollouts.completion_mask_BT,
             module,
+            entropy,
         )
 
-    def _in_chunks(self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        vocabulary = head.weight.shape[0]
-        size = max(1, self.chunk_elements // vocabulary)
+    def _in_chunks(self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+        size = max(1, self.chunk_elements // head.weight.shape[0])
+
+        def chunk_stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            return _token_stats(head(hidden), targets, entropy)
+
         if len(targets_N) <= size:
-            return _token_logps(head(hidden_NH), targets_N)
-
-        def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return _token_logps(head(hidden), targets)
-
-        parts = [
-            checkpoint(chunk_logps, hidden, targets, use_reentrant=False)
-            for hidden, targets in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
-        ]
-        return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts])
+            return chunk_stats(hidden_NH, targets_N)
+        chunks = zip(hidden_NH.split(size), targets_N.split(size), strict=True)
+        parts = [checkpoint(chunk_stats, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def _token_logps(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi(target) with gradient and the entropy without, from float32 logits (float64 stays float64)."""
+def _token_stats(logits_NV: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """log pi(target) with gradient and, if asked, the entropy without, from float32 logits (float64 stays float64)."""
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     logp_NV = torch.log_softmax(logits_NV, -1, dtype=dtype)
+    logps_N = logp_NV.gather(-1, targets_N[:, None]).squeeze(-1)
+    if not entropy:
+        return (logps_N,)
     with torch.no_grad():
-        entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(dtype).min)).sum(-1)
-    return logp_NV.gather(-1, targets_N[:, None]).squeeze(-1), entropy_N
+        return logps_N, -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(dtype).min)).sum(-1)
 
 
 @torch.no_grad()

@@ -123,15 +123,19 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
 
     def compute_loss(self, model, inputs: Rollouts, return_outputs=False, num_items_in_batch=None):
         """The mean loss of a micro-batch of weighed rollouts."""
-        out = self.actors.scorer.rollouts(inputs, module=model)
-        known_B = inputs.log_z_B > -torch.inf  # a prompt whose Z is still 0 has no target yet
-        log_p_B = inputs.log_score_B - torch.where(known_B, inputs.log_z_B, 0.0)
+        loss_B, out = self.sample_losses(model, inputs)
+        return (loss_B.mean(), out) if return_outputs else loss_B.mean()
+
+    def sample_losses(self, model, rollouts: Rollouts) -> tuple[Tensor, PolicyOutput]:
+        """(B,) losses of weighed rollouts, whose mean over samples of q has the divergence's gradient."""
+        out = self.actors.scorer.rollouts(rollouts, module=model)
+        known_B = rollouts.log_z_B > -torch.inf  # a prompt whose Z is still 0 has no target yet
+        log_p_B = rollouts.log_score_B - torch.where(known_B, rollouts.log_z_B, 0.0)
         known_B, log_p_B = known_B.to(out.logp_B.device), log_p_B.to(out.logp_B.dtype).to(out.logp_B.device)
         reward_B = torch.where(known_B, self.pseudo_reward(out.logp_B.detach() - log_p_B), 0.0)
-        loss_B, metrics = self.policy_loss(out, reward_B, inputs)
+        loss_B, metrics = self.policy_loss(out, reward_B, rollouts)
         self._averages.add({name: float(value[known_B].mean()) for name, value in metrics.items()})
-        loss = torch.where(known_B, loss_B, 0.0).mean()
-        return (loss, out) if return_outputs else loss
+        return torch.where(known_B, loss_B, 0.0), out
 
     def _prepare_inputs(self, inputs: list[dict]) -> Rollouts:
         """The micro-batch of rollouts for this micro-step; `inputs` are the rows of a whole set of rollouts."""
@@ -209,6 +213,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         if self.is_world_process_zero():
             print(f"target: {self.target}")
             print("under the reference: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+        self._averages.pop()  # samples per second start from here
 
     def _sample_reference(self, prompts: Sequence) -> Rollouts:
         return self.actors.draw([{"prompt": prompt} for prompt in prompts], from_reference=True)
