@@ -26,10 +26,13 @@ def missing_parts(checkpoint: Path, processes: int) -> list[str]:
     except (OSError, ValueError):
         missing.append("trainer_state.json (the checkpoint was cut off while it was written)")
     names = [path.name for path in checkpoint.iterdir()] if checkpoint.is_dir() else []
-    if not any(name.endswith((".safetensors", ".bin")) or name.startswith("pytorch_model") for name in names):
+    weights = [name for name in names if name.endswith((".safetensors", ".bin")) or name.startswith("pytorch_model")]
+    if not set(weights) - {"training_args.bin"}:
         missing.append("the model's weights")
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
         missing.append("optimizer.pt (saved with save_only_model=True?)")
+    elif "scheduler.pt" not in names and not any(name.startswith("global_step") for name in names):
+        missing.append("scheduler.pt")  # without it transformers skips the optimizer too; DeepSpeed may own both
     ranks = range(processes)
     wanted = [STATE_FILE.format(rank=rank) for rank in ranks]
     wanted += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in ranks]

@@ -1,4 +1,4 @@
-"""Options of the recipes: dataclasses filled from a YAML file and the command line, which overrides it.
+"""Options of the recipes: dataclasses filled from a YAML file and the command line, which overrides it; targets as text.
 
 Left out: the `hf-gdc` command.
 """
@@ -6,12 +6,14 @@ Left out: the `hf-gdc` command.
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from transformers import TrainingArguments
 
 from .arguments import check_options
+from .targets import Moment, Pointwise, Reference, Reward, Target
 from .trl_compat import TrlParser
 
 
@@ -84,3 +86,56 @@ def _read_config(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a YAML mapping `option: value`, not {values!r}.")
     return values
+
+
+# ---- targets, as options ----
+
+
+@dataclass
+class TargetArguments:
+    """The target's factors, as text: see `hf_gdc.features` for how a feature is spelt."""
+
+    pointwise: list[str] | None = field(
+        default=None,
+        metadata={"help": "Features that every sample must have: contains:dragon my_features.py:is_valid."},
+    )
+    moment: list[str] | None = field(
+        default=None, metadata={"help": "Features with their wanted means: contains:she=0.5 my_features.py:f=0.2."}
+    )
+    reward: list[str] | None = field(
+        default=None, metadata={"help": "Reward functions, added up: my_rewards.py:helpful."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Temperature of the rewards: the target has exp(reward / beta)."}
+    )
+
+
+def build_target(options: TargetArguments) -> Target:
+    """Reference() times the factors that the options name.
+
+    Raises:
+        ValueError: no factor at all, a moment without its mean, or a feature that can't be found.
+    """
+    target = Target([Reference()])
+    for spec in options.pointwise or []:
+        target = target * Pointwise(spec)
+    for spec in options.moment or []:
+        feature, _, mean = spec.rpartition("=")
+        if not feature or not _is_number(mean):
+            raise ValueError(
+                f"the moment {spec!r} lacks its wanted mean: spell it feature=mean, as in contains:she=0.5."
+            )
+        target = target * Moment(feature, float(mean))
+    if options.reward:
+        target = target * Reward(options.reward, options.beta)
+    if len(target.terms) == 1:
+        raise ValueError("the target is the reference itself: give it a --pointwise, --moment or --reward.")
+    return target
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -101,7 +101,7 @@ def _alpha(alpha: float) -> Divergence:
         return Divergence(name, *_TABLE["reverse_kl"])
     return Divergence(
         name,
-        lambda log_t: (torch.expm1(alpha * log_t) - alpha * torch.expm1(log_t)) / (alpha * (alpha - 1.0)),
+        lambda log_t: (torch.expm1(alpha * log_t) / alpha - torch.expm1(log_t)) / (alpha - 1.0),
         lambda log_t: torch.expm1((alpha - 1.0) * log_t) / (alpha - 1.0),
     )
 

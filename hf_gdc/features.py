@@ -37,7 +37,10 @@ def contains(word: str) -> Callable:
 
 def regex(pattern: str) -> Callable:
     """1.0 where the regular expression is found in the completion."""
-    compiled = re.compile(pattern)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"feature {'regex:' + pattern!r}: not a regular expression ({error}).") from error
     return lambda completions, **_: [float(compiled.search(text_of(c)) is not None) for c in completions]
 
 
@@ -54,6 +57,8 @@ def starts_with(text: str) -> Callable:
 
 def max_words(limit: str) -> Callable:
     """1.0 where the completion has at most this many words."""
+    if not limit.isdigit():
+        raise ValueError(f"max_words:{limit} is unknown; say a number of words, such as max_words:20.")
     return lambda completions, **_: [float(len(text_of(c).split()) <= int(limit)) for c in completions]
 
 
@@ -100,8 +105,17 @@ class Feature:
         Raises:
             ValueError: the wrong number of values, a NaN, or a None where it is not allowed; the feature is named.
         """
-        if self.name in rollouts.scores:
-            return rollouts.scores[self.name]
+        if self.name not in rollouts.scores:
+            rollouts.scores[self.name] = self._values(rollouts)
+        values = rollouts.scores[self.name]
+        if not allow_none and bool(values.isnan().any()):
+            raise ValueError(
+                f"feature {self.name!r} returned None for sample {int(values.isnan().nonzero()[0])}. None means 'not "
+                "applicable' and is allowed in a Reward only; return a number."
+            )
+        return values
+
+    def _values(self, rollouts: Rollouts) -> Tensor:
         arguments = {
             **rollouts.columns,
             "prompts": rollouts.prompts,
@@ -119,21 +133,16 @@ class Feature:
                 f"feature {self.name!r} returned {len(values)} values for {len(rollouts)} completions; "
                 "return exactly one number for each."
             )
-        missing = [value is None for value in values]
-        if any(missing) and not allow_none:
-            raise ValueError(
-                f"feature {self.name!r} returned None for sample {missing.index(True)}. None means 'not applicable' "
-                "and is allowed in a Reward only; return a number."
-            )
-        result = torch.tensor([float("nan") if value is None else float(value) for value in values]).double()
-        bad = (~torch.isfinite(result)) & ~torch.tensor(missing)
+        missing = torch.tensor([value is None for value in values], dtype=torch.bool)
+        numbers = [float("nan") if value is None else float(value) for value in values]
+        result = torch.tensor(numbers, dtype=torch.float64)
+        bad = ~torch.isfinite(result) & ~missing
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"feature {self.name!r} returned {values[row]} for sample {row}: "
                 f"{text_of(rollouts.completions[row])[:80]!r}. Return a finite number."
             )
-        rollouts.scores[self.name] = result
         return result
 
     def __repr__(self) -> str:
@@ -155,6 +164,10 @@ def _importable_spec(function: Callable) -> str | None:
 def _load(spec: str) -> Callable:
     source, _, argument = spec.partition(":")
     if source in READY:
+        if not argument and source != "length":
+            raise ValueError(
+                f"feature {spec!r} needs an argument, such as {source}:{'20' if source == 'max_words' else 'dragon'}."
+            )
         return READY[source](argument) if argument else READY[source]()
     path, colon, name = spec.rpartition(":")
     if not colon:

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for a whole model, as one optimizer.
 
-`torch.optim.Muon` takes 2-D parameters alone. Here it steps the matrices of the hidden layers and AdamW the rest, behind
-one set of `param_groups` and one state, so that schedulers, accelerate and checkpoints see an ordinary optimizer. Updates
-are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+`torch.optim.Muon` takes 2-D parameters alone. Here it steps the matrices of the hidden layers and AdamW the rest,
+behind one set of `param_groups` and one state, so that schedulers, accelerate and checkpoints see an ordinary
+optimizer. Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
 
 Left out: sharded parameters (FSDP, DeepSpeed), whose matrices no process holds whole.
 """

@@ -225,7 +225,11 @@ RULES: dict[str, Options | Given] = {
         },
     ),
     "name": Given(
-        "he", {"he": ["Tom", "Ben", "Max", "Sam", "Jack", "Leo", "Finn", "Hugo"], "she": ["Anna", "Lily", "Mia", "Rosa", "Nora"]}
+        "he",
+        {
+            "he": ["Tom", "Ben", "Max", "Sam", "Jack", "Leo", "Finn", "Hugo"],
+            "she": ["Anna", "Lily", "Mia", "Rosa", "Nora"],
+        },
     ),
     "home": {"by the sea": 3, "near the forest": 2, "on a hill": 1},
     "plot": {

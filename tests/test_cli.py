@@ -101,7 +101,8 @@ def test_mistakes_in_a_config(config, text, message):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, None), ("true", True), (True, True), ("false", None), ("a/checkpoint-3", "a/checkpoint-3")]
+    ("value", "expected"),
+    [(None, None), ("true", True), (True, True), ("false", None), ("a/checkpoint-3", "a/checkpoint-3")],
 )
 def test_resume_option(value, expected):
     assert resume_option(TrainingArguments(use_cpu=True, resume_from_checkpoint=value)) is expected

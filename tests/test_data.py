@@ -238,7 +238,7 @@ def test_prompt_and_completion_concatenate_exactly():
     starts = encoding.tokenize_prompts(list(rows["prompt"]), TOKENIZER)
     ends = encoding.tokenize_completions(list(rows["prompt"]), list(rows["completion"]), TOKENIZER)
     whole = TOKENIZER([row["prompt"] + row["completion"] for row in rows])["input_ids"]
-    assert [start + end for start, end in zip(starts, ends)] == [ids + [EOS] for ids in whole]
+    assert [start + end for start, end in zip(starts, ends, strict=True)] == [ids + [EOS] for ids in whole]
     assert encoding.tokenize_prompts([], TOKENIZER) == encoding.tokenize_completions([], [], TOKENIZER) == []
 
 

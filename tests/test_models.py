@@ -116,9 +116,7 @@ def test_sinusoids_are_those_of_the_paper():
     torch.testing.assert_close(hidden[0], embeds[0] * 32**0.5 + expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{"norm_type": "layer"}, {"hidden_act": "gelu"}, {"num_key_value_heads": 1}]
-)
+@pytest.mark.parametrize("options", [{"norm_type": "layer"}, {"hidden_act": "gelu"}, {"num_key_value_heads": 1}])
 def test_sdpa_equals_eager(options):
     model = make_model(**options)
     _, ids, mask = left_padded()
@@ -235,9 +233,7 @@ def test_beam_search_over_all_beams_finds_the_best_completion():
     """With a beam for every prefix, two tokens' beam search is exhaustive search."""
     model = make_model(vocab_size=7)
     prompt = torch.tensor([[1, 2, 3]])
-    beams = model.generate(
-        prompt, num_beams=7, max_new_tokens=2, do_sample=False, pad_token_id=0, length_penalty=0.0
-    )
+    beams = model.generate(prompt, num_beams=7, max_new_tokens=2, do_sample=False, pad_token_id=0, length_penalty=0.0)
     pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))
     logps = model(torch.cat((prompt.expand(49, -1), pairs), dim=1)).logits.log_softmax(-1)[:, 2:4]
     best = logps.gather(-1, pairs[..., None]).sum((1, 2)).argmax()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gdc.divergences import available_divergences, get_divergence
-from hf_gdc.evaluation import Scored, divergence_metrics, pooled_metrics
+from hf_gdc.evaluation import Scored, divergence_metrics, pooled_metrics, support_share
 from hf_gdc.partition import (
     DivergenceEstimator,
     Partition,
@@ -54,7 +54,7 @@ def test_log_z_is_the_direct_one_however_samples_come(samples, cuts):
             assert stderr == math.inf
         else:
             w = (mine - mine.max()).exp()  # sqrt(Var w / n) / mean w, Var with n - 1
-            assert stderr == pytest.approx(float(w.std() / math.sqrt(len(w)) / w.mean()), rel=1e-6, abs=1e-7)
+            assert stderr == pytest.approx(float(w.std() / math.sqrt(len(w)) / w.mean()), rel=1e-6, abs=1e-6)
 
 
 def test_a_new_version_starts_afresh_and_state_travels():
@@ -98,6 +98,7 @@ def test_prompt_keys_agree_between_processes():
     assert eval(other.stdout) == keys and len(set(keys)) == len(rows) and all(0 <= key < 2**63 for key in keys)
 
 
+@settings(deadline=None)
 @given(log_w=st.lists(st.one_of(st.floats(-300, 300), st.just(-math.inf)), min_size=1, max_size=20))
 def test_effective_sample_size(log_w):
     w = torch.exp(double(log_w) - max(max(log_w), -1e300))
@@ -119,6 +120,7 @@ def naive_baseline(reward, log_ratio, group):
     return values
 
 
+@settings(deadline=None)
 @given(
     samples=st.lists(st.tuples(st.floats(-20, 20), st.floats(-5, 5), st.integers(0, 3)), min_size=1, max_size=16),
     shift=st.floats(-1e6, 1e6),
@@ -233,17 +235,14 @@ def test_pooled_metrics(forbidden):
     assert abs(metrics["log_z"] - float(log_p.logsumexp(0))) < 4 * metrics["log_z_stderr"]
 
 
-def test_pooled_metrics_of_a_warped_policy():
-    """Rollouts at another temperature: q is not pi, and the share in support is reweighed."""
+def test_share_in_support_of_a_warped_sampler():
+    """q is not pi, so the share is reweighed by pi/q; here q visits forbidden points e times as often for their size."""
     logp, log_a, log_p = distributions(7, size=30, forbidden=10)
-    warped = (logp / 2).log_softmax(-1)
-    reference = scored(draw(log_a, 20_000, 1), log_a, logp, log_a, log_p)
-    reference.sampler_logp = log_a[draw(log_a, 20_000, 1)]
-    metrics = pooled_metrics(scored(draw(warped, 8000, 0), warped, logp, log_a, log_p), reference)
-    share = float(logp[10:].exp().sum())
-    effective = 8000 / float((warped.exp() * torch.exp(2 * (logp - warped))).sum())
-    assert abs(metrics["in_support"] - share) < 4 * math.sqrt(share * (1 - share) / effective)
-    assert abs(share - float(warped[10:].exp().sum())) > 8 * math.sqrt(share * (1 - share) / effective)
+    warped = (logp + (log_p == -math.inf).double()).log_softmax(-1)
+    policy = scored(draw(warped, 8000, 0), warped, logp, log_a, log_p)
+    share, error = float(logp[10:].exp().sum()), math.sqrt(0.25 / 8000) * math.e  # weights differ by at most e
+    found = support_share(policy, torch.zeros(8000, dtype=torch.long), 1)
+    assert abs(float(found) - share) < 4 * error < abs(share - float(warped[10:].exp().sum()))
 
 
 def test_a_dropped_mode_is_seen_by_the_pool_alone():

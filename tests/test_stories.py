@@ -55,9 +55,7 @@ def restricted(plot: str, several: str) -> dict:
     rules = {}
     for symbol, rule in RULES.items():
         if isinstance(rule, Given):
-            rules[symbol] = Given(
-                rule.symbol, {key: cut(symbol, options) for key, options in rule.table.items()}
-            )
+            rules[symbol] = Given(rule.symbol, {key: cut(symbol, options) for key, options in rule.table.items()})
         else:
             rules[symbol] = cut(symbol, rule)
     return rules | {"plot": plot}
@@ -67,9 +65,7 @@ def restricted(plot: str, several: str) -> dict:
     "rules",
     [
         restricted("{loss} {finding} {reward}", "he name job thing helper came food loss finding"),
-        restricted(
-            "{theft} So {he} {went} there and {trick}. {return}", "he opening beast lair job return theft"
-        ),
+        restricted("{theft} So {he} {went} there and {trick}. {return}", "he opening beast lair job return theft"),
         restricted("{care} {thanks}", "he name friend mood need cure thanks"),
         {
             "story": "{a} {b}{!c}",
@@ -92,9 +88,7 @@ def test_exact_against_enumeration(rules):
     # The entropy is that of the derivations, which is the texts' own where the grammar is unambiguous.
     assert grammar.entropy() == pytest.approx(-math.fsum(p * math.log(p) for _, p in derivations), rel=1e-12)
     for wanted in [("she",), ("dragon",), ("dragon", "she"), ("x",), ("Thanked", "ball")]:
-        share = math.fsum(
-            p for text, p in language.items() if {w.lower() for w in wanted} <= set(words(text))
-        )
+        share = math.fsum(p for text, p in language.items() if {w.lower() for w in wanted} <= set(words(text)))
         assert grammar.probability(*wanted) == pytest.approx(share, abs=1e-12)
 
 
@@ -119,9 +113,7 @@ def test_shares_of_dragons_and_of_she():
         share = sum(wanted <= have for have in sets) / len(sets)
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / len(sets))
     dragons = [text for text in texts if "dragon" in text]
-    roles = [
-        sum(re.search(role, text) is not None for text in dragons) for role in ("found", "stole", "feared")
-    ]
+    roles = [sum(re.search(role, text) is not None for text in dragons) for role in ("found", "stole", "feared")]
     assert all(count > 0.1 * len(dragons) for count in roles) and sum(roles) == len(dragons)
 
 
@@ -136,9 +128,7 @@ def test_she_is_said_of_female_protagonists_only():
 
 def test_stories_are_short_and_plain():
     texts = stories.sample(20_000, seed=3)
-    assert all(
-        20 <= len(words(text)) <= 40 and 2 <= text.count(".") <= 4 and text.isascii() for text in texts
-    )
+    assert all(20 <= len(words(text)) <= 40 and 2 <= text.count(".") <= 4 and text.isascii() for text in texts)
     assert not any(re.search(r"\ba [aeiou]|  | \.|[{}]", text) for text in texts)
     assert 120 <= len({word for text in texts for word in words(text)}) <= 200
 

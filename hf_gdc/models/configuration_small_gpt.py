@@ -135,9 +135,7 @@ class SmallGPTConfig(PreTrainedConfig):
         fix = f"choose a divisor of num_attention_heads={heads}"
         self._require(heads % key_value_heads == 0, "num_key_value_heads", fix)
         if self.position_embedding_type == "rotary":
-            fix = (
-                f"rotary positions turn pairs of channels in every head, so make it a multiple of {2 * heads}"
-            )
+            fix = f"rotary positions turn pairs of channels in every head, so make it a multiple of {2 * heads}"
             self._require(head_dim % 2 == 0, "hidden_size", fix)
         if self.position_embedding_type == "sinusoidal":
             self._require(self.hidden_size % 2 == 0, "hidden_size", "sinusoidal positions need it even")

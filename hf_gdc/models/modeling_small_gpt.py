@@ -47,9 +47,7 @@ def rotate(x_BHTD: Tensor, rotary: CosSin) -> Tensor:
     return torch.addcmul(x_BHTD * cos_B1TD, x_BHTD.roll(x_BHTD.shape[-1] // 2, -1), sin_B1TD)
 
 
-def default_positions(
-    embeds_BTW: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
-) -> Tensor:
+def default_positions(embeds_BTW: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
     """Position ids (B, T) that skip what a padding mask hides, else (1, T) counting on from the cache."""
     num_tokens = embeds_BTW.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:

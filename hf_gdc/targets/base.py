@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..divergences import get_divergence
+from ..features import Feature
 from ..moments import fit_moments, weighted_stats
 from ..partition import DivergenceEstimator, group_logsumexp, group_sum
 from ..rollouts import Rollouts
@@ -47,6 +49,7 @@ class Factor:
 
     hard = False
     log_linear = False
+    features: Sequence[Feature] = ()  # what it reads of the completions; the report says their means
 
     def bind(self, context: Context) -> None:
         """Receive what the factor needs; called once before it is used."""
@@ -114,11 +117,21 @@ class Target(Factor):
         names = [factor.feature.name for factor in self.moments]
         if len(set(names)) < len(names):
             raise ValueError(f"each moment needs a feature of its own, but these were given: {', '.join(names)}.")
+        named: dict[str, Feature] = {}
+        for feature in self._features():
+            known = named.setdefault(feature.name, feature)
+            if known.function is not feature.function and (known.spec is None or known.spec != feature.spec):
+                raise ValueError(
+                    f"two features are called {feature.name!r}: give them names, e.g. Pointwise(f, name='short')."
+                )
         self.version = 0
         self.ess = 0.0  # of the last fit of the moments
         self.fit_window = 0  # samples kept for refits, set by the first fit
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
         self._context: Context | None = None
+
+    def _features(self) -> list[Feature]:
+        return [feature for factor, _ in self.terms for feature in factor.features]
 
     @property
     def hard(self) -> bool:
@@ -201,12 +214,12 @@ class Target(Factor):
         share_G = group_sum(in_support, group, len(keys)) / group_sum(torch.ones_like(in_support), group, len(keys))
         estimate = DivergenceEstimator(log_score, logp, logp, group, len(keys), share_G)
         log_z, stderr = estimate.log_z()
-        distance = (estimate.w_B * torch.where(estimate.alive_B, -estimate.log_t_B, 0.0)).sum() / len(estimate.w_B)
-        named = {factor.feature.name: factor.feature for factor, _ in self.terms if hasattr(factor, "feature")}
-        numbers = {f"base/{name}": float(gather(feature(rollouts)).mean()) for name, feature in named.items()}
+        distance, _ = estimate.divergence(get_divergence("kl"))  # with the reference in the policy's place
+        named = {feature.name: feature(rollouts, allow_none=True) for feature in self._features()}
+        numbers = {f"base/{name}": float(gather(values).nanmean()) for name, values in named.items()}
         numbers |= {f"lambda/{moment.feature.name}": moment.lam for moment in self.moments}
         numbers |= {"log_z": log_z, "log_z_stderr": stderr, "in_support": float(share_G.mean())}
-        numbers |= {"kl_target_reference": float(distance), "prompts_without_support": float(estimate.unknown)}
+        numbers |= {"kl_target_reference": distance, "prompts_without_support": float(estimate.unknown)}
         total = estimate.w_B.sum()
         return numbers | {"ess": float(total**2 / (estimate.w_B**2).sum()) if total > 0 else 0.0}
 
@@ -220,7 +233,7 @@ class Target(Factor):
             "version": self.version,
             "ess": self.ess,
             "fit_window": self.fit_window,
-            "window": self._window,
+            "window": list(self._window),
             "factors": [factor.state_dict() for factor, _ in self.terms],
         }
 
@@ -234,16 +247,23 @@ class Target(Factor):
         """Write the target to `path`/target.json, with copies of the files that its features come from.
 
         Raises:
-            ValueError: a feature is a lambda or lives in a script: give it as "file.py:function".
+            ValueError: a feature is a lambda or lives in a script: give it as "file.py:function"; or two files with
+                features have one name.
         """
-        folder, rows, files = Path(path), [], []
+        folder, rows, files = Path(path), [], {}
+
+        def saved(file: Path) -> str:
+            if files.setdefault(file.name, file).resolve() != file.resolve():
+                raise ValueError(f"{files[file.name]} and {file} would be saved under one name: rename one of them.")
+            return file.name
+
         for factor, weight in self.terms:
-            arguments = _map_files(factor.to_dict(), lambda file: files.append(file) or file.name)
-            kind, state = type(factor).__name__, factor.state_dict()
+            kind, arguments, state = type(factor).__name__, _map_files(factor.to_dict(), saved), factor.state_dict()
             rows.append({"type": kind, "power": weight, "arguments": arguments, "state": state})
         folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copy(file, folder / file.name)
+        for name, file in files.items():
+            if file.resolve() != (folder / name).resolve():
+                shutil.copy(file, folder / name)
         text = json.dumps({"format": 1, "formula": self.formula(), "ess": self.ess, "factors": rows}, indent=2)
         (folder / "target.json").write_text(text + "\n")
 

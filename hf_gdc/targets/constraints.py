@@ -30,6 +30,7 @@ class Pointwise(Factor):
 
     def __init__(self, feature: "str | Callable | Feature", name: str | None = None):
         self.feature = Feature(feature, name)
+        self.features = [self.feature]
 
     def log_score(self, rollouts: Rollouts) -> Tensor:
         value = self.feature(rollouts)
@@ -63,6 +64,7 @@ class Moment(Factor):
 
     def __init__(self, feature: "str | Callable | Feature", mean: float, name: str | None = None):
         self.feature, self.mean, self.lam = Feature(feature, name), float(mean), 0.0
+        self.features = [self.feature]
         if not math.isfinite(self.mean):
             raise ValueError(f"the wanted mean of {self.feature.name!r} must be a number, not {mean!r}.")
 

@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import stories
 from ..arguments import check_options, suggest_options
@@ -84,7 +85,9 @@ class PretrainConfig(TrainingArguments):
     muon: bool = field(
         default=True, metadata={"help": "Muon for the hidden matrices and AdamW for the rest; false: `optim` for all."}
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off, whatever the model type's default."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off, whatever the model type's default."}
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Start in an output_dir that is not empty: its checkpoints are deleted, files replaced."},
@@ -98,7 +101,7 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
     `entropy`, the exact nats per text of the validation data, their difference `eval_excess_nats`.
 
     Args: as `transformers.Trainer`, plus
-        whole_texts: a row is a text.
+        whole_texts: a row of `eval_dataset` is a text, not cut.
         entropy: -log p(text) under the true distribution, averaged over `eval_dataset`; None where it is unknown.
 
     Raises:
@@ -109,11 +112,11 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
 
     def __init__(self, *args, whole_texts: bool = True, entropy: float | None = None, **kwargs):
         self.whole_texts, self.entropy = whole_texts, entropy
-        super().__init__(
-            *args, compute_metrics=self._totals, preprocess_logits_for_metrics=nll_and_tokens, **kwargs
-        )
+        super().__init__(*args, compute_metrics=self._totals, preprocess_logits_for_metrics=nll_and_tokens, **kwargs)
         if self.args.muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("Muon needs whole matrices, and FSDP and DeepSpeed shard them: set muon=False (`--muon false`).")
+            raise ValueError(
+                "Muon needs whole matrices, and FSDP and DeepSpeed shard them: set muon=False (`--muon false`)."
+            )
 
     def _totals(self, prediction: EvalPrediction) -> dict[str, float]:
         nll_B, tokens_B = prediction.predictions.astype("float64").T
@@ -171,7 +174,9 @@ def build_tokenizer(options: PretrainArguments, dataset: Dataset) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     except OSError as error:
-        raise ValueError(f'no tokenizer {options.tokenizer!r}: it is not "bpe", "char", a path or an id: {error}') from error
+        raise ValueError(
+            f'no tokenizer {options.tokenizer!r}: it is not "bpe", "char", a path or an id: {error}'
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -184,13 +189,16 @@ def build_model(options: PretrainArguments, tokenizer: PreTrainedTokenizerBase) 
         ValueError: an unknown type or option of its configuration; fewer positions than `max_length`.
     """
     kwargs = options.model_kwargs or {}
+    check_options([options.model_type], [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "small_gpt"], "model_type")
     config_class = type(AutoConfig.for_model(options.model_type))
     check_options(kwargs, [f.name for f in fields(config_class)], config_class.__name__)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = config_class(vocab_size=len(tokenizer), **special, **kwargs)
     positions = getattr(config, "max_position_embeddings", options.max_length)
     if positions < options.max_length:
-        raise ValueError(f"max_length={options.max_length} is beyond the model's {positions} positions: see model_kwargs.")
+        raise ValueError(
+            f"max_length={options.max_length} is beyond the model's {positions} positions: see model_kwargs."
+        )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -207,17 +215,19 @@ def build_trainer(options: PretrainArguments, args: PretrainConfig) -> Pretraini
     model = build_model(options, tokenizer)
     if args.disable_dropout:
         disable_dropout(model)
+    train_rows, validation_rows = (tokenize(part, tokenizer, options.max_length) for part in (train, validation))
+    whole = not options.packing and all(ids[-1] == tokenizer.eos_token_id for ids in validation_rows["input_ids"])
     entropy = None
-    if options.data == "stories" and not options.packing:
+    if options.data == "stories" and whole:
         entropy = -sum(map(stories.log_prob, validation["text"])) / len(validation)
     return PretrainingTrainer(
         model=model,
         args=args,
         data_collator=RightPadCollator(tokenizer.pad_token_id),
-        train_dataset=tokenize(train, tokenizer, options.max_length),
-        eval_dataset=tokenize(validation, tokenizer, options.max_length),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         processing_class=tokenizer,
-        whole_texts=not options.packing,
+        whole_texts=whole,
         entropy=entropy,
     )
 
@@ -238,7 +248,9 @@ def pretrain(
     """
     trainer = build_trainer(options, args)
     if trainer.is_world_process_zero():
-        print(f"{trainer.model.num_parameters():,} parameters, {len(trainer.processing_class)} tokens in the vocabulary")
+        print(
+            f"{trainer.model.num_parameters():,} parameters, {len(trainer.processing_class)} tokens in the vocabulary"
+        )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     metrics = trainer.evaluate()
     folder = Path(args.output_dir) / "model"

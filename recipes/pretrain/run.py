@@ -21,12 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         print(f"held out: {metrics['eval_nll_per_token']:.4f} nats per token", end="")
         if "eval_excess_nats" in metrics:
-            print(f"; {metrics['eval_nll_per_text']:.3f} per story, {metrics['eval_excess_nats']:.3f} above the grammar's")
+            print(
+                f"; {metrics['eval_nll_per_text']:.3f} per story, {metrics['eval_excess_nats']:.3f} above the grammar's"
+            )
         print(f"\nsaved {folder}. Next, teach it a constraint:")
-        print(
-            "  accelerate launch recipes/gdc/run.py --config recipes/gdc/config.yaml"
-            f" --model_name_or_path {folder}"
-        )
+        print(f"  accelerate launch recipes/gdc/run.py --config recipes/gdc/config.yaml --model_name_or_path {folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+# Nothing but Python (>= 3.10) and make is needed. PYTHON picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
+
+.PHONY: help quickstart test test-slow test-minimum lint format bench clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/installed ## pretrain a small GPT, then match it to a target (about 4 minutes on 2 cores)
+	$(ACCELERATE) recipes/quickstart/run.py --config recipes/quickstart/config.yaml $(OPTIONS)
+
+test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q $(OPTIONS)
+
+test-slow: $(VENV)/installed ## checks that take minutes each
+	$(BIN)/python -m pytest -q -m slow $(OPTIONS)
+
+lint: $(VENV)/installed ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed ## ruff, fixing what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-minimum: ## the tests with the oldest supported versions, in an environment of its own
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --upgrade pip
+	.venv-minimum/bin/python -m pip install --quiet -c constraints-minimum.txt -e ".[test]"
+	.venv-minimum/bin/python -m pytest -q $(OPTIONS)
+
+bench: $(VENV)/installed ## the trainer's step against a bare loop
+	$(BIN)/python recipes/benchmarks/gdc_step.py
+
+clean: ## remove environments and caches, not outputs
+	rm -rf .venv .venv-minimum build dist *.egg-info .pytest_cache .ruff_cache

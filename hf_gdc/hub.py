@@ -1,0 +1,37 @@
+"""What goes to the Hub beside the weights: a model card from the run.
+
+Left out: uploading, which is transformers' `push_to_hub`.
+"""
+
+import platform
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+
+def write_model_card(
+    folder: "str | Path", title: str, formula: str, command: str, results: dict[str, float], data: str
+) -> None:
+    """Write README.md into a model's folder: what it is, its target, how it was made, what was measured.
+
+    Args:
+        folder: of the saved model.
+        title: the card's heading.
+        formula: the target, as `print(target)` shows it.
+        command: what makes the model again.
+        results: measured values by name.
+        data: what it was trained on.
+    """
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
+    template = Template(files("hf_gdc").joinpath("templates/model_card.md").read_text())
+    text = template.substitute(
+        title=title,
+        formula=formula,
+        command=command,
+        rows=rows,
+        data=data,
+        versions=f"Python {platform.python_version()}, {versions}",
+    )
+    Path(folder, "README.md").write_text(text)
