@@ -49,21 +49,22 @@ class Actors:
     def sample_policy(self, rows: Sequence[dict]) -> Rollouts:
         """One completion from the policy for each of this process's rows (`prompt` and other columns)."""
         with self._policy_active() as model:
-            return self._sample(model, rows)
+            return self._sample(self.sampler, model, rows)
 
     def draw(self, rows: Sequence[dict], from_reference: bool, salt: int = 0) -> Rollouts:
-        """This process's share of completions for the rows, made in parts and kept on the CPU.
+        """This process's share of completions for the rows, unwarped, made in parts and kept on the CPU.
 
         The same in every run with this seed and salt; the training's own random numbers go on undisturbed.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [*rows, *rows[: -len(rows) % world]][rank::world]
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with self._reference_active() if from_reference else self._policy_active() as model:
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
-                parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-                return Rollouts.concatenate([self._sample(model, part).tokens_to("cpu") for part in parts])
+        active = self._reference_active() if from_reference else self._policy_active()
+        with active as model, torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
+            parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+            sampler = self.sampler.unwarped()
+            return Rollouts.concatenate([self._sample(sampler, model, part).tokens_to("cpu") for part in parts])
 
     def policy_logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log pi of the policy as it is now."""
@@ -83,9 +84,9 @@ class Actors:
             return tensor
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
-    def _sample(self, model: nn.Module, rows: Sequence[dict]) -> Rollouts:
+    def _sample(self, sampler: TransformersSampler, model: nn.Module, rows: Sequence[dict]) -> Rollouts:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        return self.sampler(
+        return sampler(
             model,
             [row["prompt"] for row in rows],
             columns,

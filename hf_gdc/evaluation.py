@@ -49,60 +49,49 @@ def rollout_metrics(scored: Scored, log_z_N: Tensor, partition: Partition) -> di
     """What one set of rollouts says of the policy and the target, given the running log Z; cheap, but blind to modes that
     the policy dropped (see `pooled_metrics`)."""
     keys, group = torch.unique(scored.prompt_key, return_inverse=True)
-    share = support_share(scored, group, len(keys))
     log_z_G = partition.log_z(keys)
+    log_ratio = scored.policy_logp - scored.sampler_logp
+    own = torch.exp(log_ratio - log_ratio.max())
     estimate = DivergenceEstimator(
-        scored.log_score, scored.policy_logp, scored.sampler_logp, group, len(keys), share, log_z_G=log_z_G
+        scored.log_score, scored.policy_logp, scored.sampler_logp, group, len(keys), own, log_z_G=log_z_G
     )
     metrics = divergence_metrics(estimate, stderr=False)
     known = log_z_G > -math.inf
-    weight = torch.exp(scored.policy_logp - scored.sampler_logp)
     return metrics | {
-        "kl_policy_reference": float((weight * (scored.policy_logp - scored.reference_logp)).mean()),
+        "kl_policy_reference": float((log_ratio.exp() * (scored.policy_logp - scored.reference_logp)).mean()),
         "log_z": float(log_z_G[known].mean()),
         "log_z_stderr": float((partition.log_z_stderr(keys)[known] ** 2).sum().sqrt() / known.sum()),
         "ess": effective_sample_size((scored.log_score - scored.sampler_logp - log_z_N)[log_z_N > -math.inf]),
-        "in_support": float(share.mean()),
+        "in_support": float(estimate.in_support_G.mean()),
         "prompts_without_support": float((~known).sum()),
     }
-
-
-def support_share(scored: Scored, group: Tensor, groups: int) -> Tensor:
-    """(G,) the policy's probability of P > 0, from samples of q with self-normalised weights pi/q."""
-    log_ratio = scored.policy_logp - scored.sampler_logp
-    weight = torch.exp(log_ratio - log_ratio.max())
-    alive = (scored.log_score > -math.inf).double()
-    return group_sum(weight * alive, group, groups) / group_sum(weight, group, groups).clamp_min(1e-300)
 
 
 def pooled_metrics(policy: Scored, reference: Scored) -> dict[str, float]:
     """Divergences between policy and target, log Z and support, from both pools together.
 
-    Every prompt of the reference's pool must be in the policy's, and the other way round. Samples outside of the target's
-    support need no `policy_logp`.
+    Both pools are drawn without warping, for the same prompts. Reference samples outside of the target's support need no
+    `policy_logp`.
     """
     keys, group = torch.unique(torch.cat([policy.prompt_key, reference.prompt_key]), return_inverse=True)
-    groups, size = len(keys), len(policy.log_score)
-    ones = torch.ones(len(group), dtype=torch.float64)
-    share_policy = group_sum(ones[:size], group[:size], groups) / group_sum(ones, group, groups)
+    own = torch.cat([torch.ones_like(policy.log_score), torch.zeros_like(reference.log_score)])
+    share_G = group_sum(own, group, len(keys)) / group_sum(torch.ones_like(own), group, len(keys))
 
     def both(name: str) -> Tensor:
         return torch.cat([getattr(policy, name), getattr(reference, name)])
 
-    # The first pool was drawn from q, which is the policy unless sampling was warped.
-    drawn_from = torch.cat([policy.sampler_logp, reference.policy_logp])
     log_m = torch.logaddexp(
-        share_policy[group].log() + drawn_from, torch.log1p(-share_policy[group]) + both("reference_logp")
+        share_G[group].log() + both("policy_logp"), torch.log1p(-share_G[group]) + both("reference_logp")
     )
-    share = support_share(policy, group[:size], groups)
-    log_score = both("log_score")
-    estimate = DivergenceEstimator(log_score, both("policy_logp"), log_m, group, groups, share)
+    estimate = DivergenceEstimator(both("log_score"), both("policy_logp"), log_m, group, len(keys), own)
     log_z, log_z_stderr = estimate.log_z()
-    metrics = divergence_metrics(estimate, stderr=True)
-    metrics |= {"log_z": log_z, "log_z_stderr": log_z_stderr, "in_support": float(share.mean())}
-    total = estimate.w_B.sum()
-    metrics["ess"] = float(total**2 / (estimate.w_B**2).sum()) if total > 0 else 0.0
-    return metrics | {"prompts_without_support": float(estimate.unknown)}
+    return divergence_metrics(estimate, stderr=True) | {
+        "log_z": log_z,
+        "log_z_stderr": log_z_stderr,
+        "in_support": float(estimate.in_support_G.mean()),
+        "ess": estimate.ess,
+        "prompts_without_support": float(estimate.unknown),
+    }
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -161,7 +161,8 @@ class DivergenceEstimator:
         logp_B: log pi(x); its value outside of the support is not used.
         log_m_B: log m(x) of the mixture that the sample is counted to, given its prompt.
         group_B: prompt of each sample, as an index below `groups`.
-        in_support_G: share of the policy's samples with P > 0, per prompt.
+        own_B: of the policy's own samples pi/q up to a factor (1 where it was sampled as it is), 0 of all others: these
+            give the share of the policy in the support.
         log_z_G: log Z per prompt where it is known better than from these samples, else None.
 
     Every prompt with a sample in the support counts the same; the others are left out and counted in `unknown`.
@@ -174,7 +175,7 @@ class DivergenceEstimator:
         log_m_B: Tensor,
         group_B: Tensor,
         groups: int,
-        in_support_G: Tensor,
+        own_B: Tensor,
         log_z_G: Tensor | None = None,
     ):
         log_w_B = (log_p_B - log_m_B).double()
@@ -185,8 +186,10 @@ class DivergenceEstimator:
         self.log_z_G = log_z_G
         self.known_G = self.log_z_G > -math.inf
         self.unknown = int((~self.known_G).sum())
-        self.in_support_G = in_support_G.double()
         self.alive_B = log_p_B > -math.inf
+        # (B,) with mean 1 per prompt; times `alive` its mean is the share in support.
+        self.own_B = own_B.double() / self._mean(own_B.double()).clamp_min(1e-300)[group_B]
+        self.in_support_G = self._mean(self.own_B * self.alive_B)
         safe_log_z_B = torch.where(self.known_G, self.log_z_G, 0.0)[group_B]
         self.w_B = torch.where(self.alive_B, torch.exp(log_w_B - safe_log_z_B), 0.0)
         self.log_t_B = torch.where(self.alive_B, logp_B.double() - log_p_B.double() + safe_log_z_B, 0.0)
@@ -204,20 +207,28 @@ class DivergenceEstimator:
         """Mean over prompts of D_f(pi || p) and its standard error; (nan, inf) when no prompt has a sample in p."""
         if not bool(self.known_G.any()):
             return math.nan, math.inf
-        off_support_G, log_t_B = 1 - self.in_support_G, self.log_t_B
-        if not divergence.admits_hard_constraints:
-            log_t_B = log_t_B - self.in_support_G.clamp_min(1e-300).log()[self.group_B]
-            singular_G = torch.zeros_like(off_support_G)
-        else:
-            singular_G = divergence.f_prime_inf * off_support_G
+        restricted, share_G, log_t_B = not divergence.admits_hard_constraints, self.in_support_G, self.log_t_B
+        if restricted:
+            log_t_B = log_t_B - share_G.clamp_min(1e-300).log()[self.group_B]
+        f_prime_inf = 0.0 if restricted else divergence.f_prime_inf
         f_B = divergence.f(log_t_B)
         value_G = self._mean(self.w_B * f_B)
         # Z is estimated from the same samples: d value / d log Z = E_m[w (t f' - f)].
         t_f_prime_B = torch.where(log_t_B == -math.inf, 0.0, torch.exp(log_t_B) * divergence.f_prime(log_t_B))
         slope_G = self._mean(self.w_B * torch.where(self.alive_B, t_f_prime_B - f_B, 0.0))
         influence_B = self.w_B * f_B - value_G[self.group_B] + slope_G[self.group_B] * (self.w_B - 1)
-        total_G = (value_G + singular_G)[self.known_G]
+        # So is the share: it enters through f'(inf), or through log t of the restricted policy.
+        by_share_G = -self._mean(self.w_B * t_f_prime_B) / share_G.clamp_min(1e-300) if restricted else -f_prime_inf
+        share_B = self.own_B * (self.alive_B.double() - share_G[self.group_B])
+        influence_B += (by_share_G[self.group_B] if restricted else by_share_G) * share_B
+        total_G = (value_G + f_prime_inf * (1 - share_G))[self.known_G]
         return float(total_G.mean()), self._stderr(influence_B)
+
+    @property
+    def ess(self) -> float:
+        """Effective number of samples under the target."""
+        total = self.w_B.sum()
+        return float(total**2 / (self.w_B**2).sum()) if total > 0 else 0.0
 
     def log_z(self) -> tuple[float, float]:
         """Mean of log Z over the known prompts and its standard error."""

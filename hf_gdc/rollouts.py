@@ -8,6 +8,7 @@ needed and a warped distribution is accounted for.
 Left out: scoring under other models (`scoring`), targets. Shapes: B samples, P prompt, T completion tokens.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -168,7 +169,7 @@ class _RecordLogps(LogitsProcessor):
 
 
 # Options of `generate` that leave the distribution of completions alone.
-_NEUTRAL = {"cache_implementation", "cache_config", "compile_config", "disable_compile", "use_cache", "max_time"}
+_NEUTRAL = {"cache_implementation", "cache_config", "compile_config", "disable_compile", "use_cache"}
 
 
 class TransformersSampler:
@@ -247,6 +248,12 @@ class TransformersSampler:
             generation_kwargs=options.generation_kwargs,
             eos_ids=eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids],
         )
+
+    def unwarped(self) -> "TransformersSampler":
+        """The same sampler of the model itself."""
+        plain = copy.copy(self)
+        plain.warpers = []
+        return plain
 
     def encode(self, prompts: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded ids (B, P), mask and keys (B,) of prompts.

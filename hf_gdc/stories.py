@@ -48,7 +48,7 @@ def _parts(template: str) -> Parts:
         raise ValueError(f"a slot of {template!r} touches a letter, so the words of a story would be unclear")
     pieces = re.split(r"\{(!?\w+)\}", template)
     slots = [Slot(name.lstrip("!"), name.startswith("!")) for name in pieces[1::2]]
-    return tuple(part for pair in zip(pieces[::2], [*slots, ""]) for part in pair if part)
+    return tuple(part for pair in zip(pieces[::2], [*slots, ""], strict=True) for part in pair if part)
 
 
 class _Choice(NamedTuple):
@@ -97,7 +97,7 @@ class Grammar:
             yield 1.0, () if slot.hidden else bound[slot.symbol], bound
             return
         choice = self._choice(slot.symbol, bound)
-        for option, probability in zip(choice.options, choice.probabilities):
+        for option, probability in zip(choice.options, choice.probabilities, strict=True):
             yield probability, () if slot.hidden else option, bound | {slot.symbol: option}
 
     def sample(self, n: int, seed: int) -> list[str]:

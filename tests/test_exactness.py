@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from hf_gdc import Reference, Reward, available_divergences, get_divergence
+from hf_gdc.partition import leave_one_out_baseline
 
 DIVERGENCES = [{"divergence": name} for name in available_divergences() if name != "alpha"]
 DIVERGENCES += [{"divergence": "alpha", "divergence_kwargs": {"alpha": alpha}} for alpha in (0.25, 2.5)]
@@ -78,8 +79,6 @@ def test_leave_one_out_baseline_is_unbiased(off_policy, tmp_path):
     triples = torch.tensor(list(itertools.product(range(15), repeat=3)))
     log_q = every.sampler_logp_B
     reward = trainer.pseudo_reward(every.policy_logp_B - trainer.target.log_score(every) + log_z)
-    from hf_gdc.partition import leave_one_out_baseline
-
     group = torch.arange(len(triples)).repeat_interleave(3)
     flat = triples.flatten()
     baseline = leave_one_out_baseline(reward[flat], (every.policy_logp_B - log_q)[flat], group, len(triples))
@@ -116,34 +115,37 @@ def test_reverse_kl_to_a_reward_is_rlhf(tmp_path):
     torch.testing.assert_close(-beta * ours, flat_gradient(objective, trainer.model), rtol=1e-8, atol=1e-10)
 
 
-# Bounded rewards need larger steps, heavy-tailed ones smaller; the decay is linear to 0.
-LEARNING_RATES = {"chi2": 4e-3, "reverse_chi2": 4e-3, "jeffreys": 6e-3, "alpha2.5": 4e-3, "kl": 6e-3}
+def training_options(name: str, target: str) -> dict:
+    """A hard constraint's last mass leaves slowly; TV's pseudo-reward is noise at the optimum, to be averaged away."""
+    if target in tiny.SOFT:
+        return {"max_steps": 120, "per_device_train_batch_size": 256, "learning_rate": 5e-3}
+    if name == "tv":
+        long = {"max_steps": 800, "per_device_train_batch_size": 128, "adam_beta1": 0.97}
+        return long | {"learning_rate": 2e-2}
+    return {"max_steps": 180, "per_device_train_batch_size": 256, "learning_rate": 2e-2}
 
 
 @pytest.mark.parametrize("options,target", [case for case in CASES if "moment" not in case.id])
 def test_training_reaches_the_target(options, target, tmp_path):
     """By sampling alone, KL(p || pi) falls below 1e-3 nats (exact, by enumeration)."""
-    name = options["divergence"] + str(options.get("divergence_kwargs", {}).get("alpha", ""))
-    lm = tiny.model(3, scale=0.7, dtype=torch.float32, hidden_size=32)
     trainer = tiny.trainer(
         (tiny.SOFT | tiny.HARD)[target](),
         tmp_path,
-        lm,
-        max_steps=200,
-        per_device_train_batch_size=512,
-        learning_rate=LEARNING_RATES.get(name, 1e-2),
+        tiny.model(3, scale=0.2, dtype=torch.float32),
         lr_scheduler_type="linear",
         adam_beta2=0.95,
-        fit_samples=2048,
+        fit_samples=1024,
+        **training_options(options["divergence"], target),
         **options,
     )
 
     def kl() -> float:
         rollouts = tiny.enumerated(trainer, sampler=trainer.model)
         log_p = tiny.exact_log_p(trainer, rollouts, 1)
-        return float((log_p.exp() * torch.where(log_p > -torch.inf, log_p - rollouts.policy_logp_B, 0.0)).nansum())
+        inside = log_p > -torch.inf
+        return float((log_p[inside].exp() * (log_p - rollouts.policy_logp_B)[inside]).sum())
 
     start = kl()
     trainer.train()
-    assert start > 0.1
+    assert start > 0.2
     assert kl() < 1e-3

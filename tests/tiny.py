@@ -60,7 +60,7 @@ def count_a(completion_ids, **_):
     return [float(ids.count(1)) for ids in completion_ids]
 
 
-SOFT = {"reward": lambda: Reference() * Reward(count_a, beta=1.5)}
+SOFT = {"reward": lambda: Reference() * Reward(count_a, beta=1.0)}
 HARD = {
     "pointwise": lambda: Reference() * Pointwise(has_b),
     "pointwise and moment": lambda: Reference() * Pointwise(has_b) * Moment(count_a, 0.8),

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..divergences import get_divergence
 from ..features import Feature
 from ..moments import fit_moments, weighted_stats
-from ..partition import DivergenceEstimator, group_logsumexp, group_sum
+from ..partition import DivergenceEstimator, group_logsumexp
 from ..rollouts import Rollouts
 
 
@@ -210,18 +210,15 @@ class Target(Factor):
         gather = self._context.gather
         log_score, logp = gather(self.log_score(rollouts)), gather(rollouts.sampler_logp_B)
         keys, group = torch.unique(gather(rollouts.prompt_key_B), return_inverse=True)
-        in_support = gather((self.log_score(rollouts) > -torch.inf).double())
-        share_G = group_sum(in_support, group, len(keys)) / group_sum(torch.ones_like(in_support), group, len(keys))
-        estimate = DivergenceEstimator(log_score, logp, logp, group, len(keys), share_G)
+        estimate = DivergenceEstimator(log_score, logp, logp, group, len(keys), torch.ones_like(logp))
         log_z, stderr = estimate.log_z()
         distance, _ = estimate.divergence(get_divergence("kl"))  # with the reference in the policy's place
         named = {feature.name: feature(rollouts, allow_none=True) for feature in self._features()}
         numbers = {f"base/{name}": float(gather(values).nanmean()) for name, values in named.items()}
         numbers |= {f"lambda/{moment.feature.name}": moment.lam for moment in self.moments}
-        numbers |= {"log_z": log_z, "log_z_stderr": stderr, "in_support": float(share_G.mean())}
-        numbers |= {"kl_target_reference": distance, "prompts_without_support": float(estimate.unknown)}
-        total = estimate.w_B.sum()
-        return numbers | {"ess": float(total**2 / (estimate.w_B**2).sum()) if total > 0 else 0.0}
+        numbers |= {"log_z": log_z, "log_z_stderr": stderr, "in_support": float(estimate.in_support_G.mean())}
+        numbers |= {"kl_target_reference": distance, "ess": estimate.ess}
+        return numbers | {"prompts_without_support": float(estimate.unknown)}
 
     def formula(self) -> str:
         parts = [factor.formula() + (f"^{weight:g}" if weight != 1.0 else "") for factor, weight in self.terms]

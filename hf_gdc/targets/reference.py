@@ -31,8 +31,11 @@ class Reference(Factor):
 
     @torch.no_grad()
     def _own_logp(self, rollouts: Rollouts) -> Tensor:
-        self.model.to(rollouts.completion_ids_BT.device)
-        return self._scorer.rollouts(rollouts).logp_B.cpu().double()
+        key = f"log-prob of {id(self)}"
+        if key not in rollouts.scores:
+            self.model.to(rollouts.completion_ids_BT.device)
+            rollouts.scores[key] = self._scorer.rollouts(rollouts).logp_B.cpu().double()
+        return rollouts.scores[key]
 
     def formula(self) -> str:
         return "a(x)"

@@ -77,6 +77,11 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
             eval_dataset = EmptyPrompts(1) if eval_dataset is None else eval_dataset
         else:
             first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
+            if args.generation_batch_size % args.num_generations:
+                raise ValueError(
+                    f"per_device_train_batch_size * steps_per_generation = {args.generation_batch_size} must be a multiple of "
+                    f"num_generations = {args.num_generations}, so that no prompt's group is split over processes."
+                )
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # rows are not tensors: each process reads the stream
         super().__init__(
@@ -239,7 +244,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
     def _sample_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         """Means over all processes of features, lengths and entropy."""
         metrics = {
-            f"features/{name}": value.mean() for name, value in rollouts.scores.items() if name != "reference_logp"
+            f"features/{name}": value.nanmean() for name, value in rollouts.scores.items() if name != "reference_logp"
         }
         metrics |= length_metrics(rollouts, self.actors.sampler.eos_ids)
         metrics["entropy"] = -rollouts.policy_logp_B.sum() / rollouts.lengths_B.sum().cpu()

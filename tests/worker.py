@@ -1,0 +1,98 @@
+"""Programs that tests run in processes of their own: `python worker.py JOB ARGUMENTS`, under torchrun or alone."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from transformers import TrainerCallback
+
+from hf_gdc import Rollouts
+
+
+def training(output_dir: str, resume: str, kill_at: str, *options: str) -> None:
+    """Train; die by SIGKILL right after step `kill_at` (0: never); save the end's weights, log Z and lambda."""
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == int(kill_at):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    settings = {"max_steps": 12, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_steps": 5}
+    settings |= {"save_strategy": "steps", "num_iterations": 2, "steps_per_generation": 2, "num_generations": 16}
+    settings |= {name: int(value) for name, _, value in (option.partition("=") for option in options)}
+    trainer = tiny.trainer(
+        tiny.HARD["pointwise and moment"](),
+        output_dir,
+        tiny.model(0, 0.5, torch.float32),
+        ["a", "b", "b a"],
+        **settings,
+    )
+    trainer.add_callback(Killer())
+    trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
+    if trainer.is_world_process_zero():
+        state = {"weights": trainer.model.state_dict(), "partition": trainer.partition.state_dict()}
+        state |= {"lambda": [m.lam for m in trainer.target.moments], "random": torch.rand(3)}
+        torch.save(state, Path(output_dir) / "end.pt")
+
+
+def same_rollouts(folder: str, processes: str) -> None:
+    """Two optimizer steps on given rollouts, this process's share of each; save what came out."""
+    trainer = tiny.trainer(
+        tiny.HARD["pointwise and moment"](),
+        f"{folder}/run{processes}",
+        tiny.model(0, 0.5, torch.float32),
+        ["a", "b"],
+        max_steps=2,
+        per_device_train_batch_size=32 // int(processes),
+        num_generations=16,
+        learning_rate=1e-2,
+    )
+    assert trainer.args.world_size == int(processes), trainer.args.world_size
+    given = torch.load(f"{folder}/rollouts.pt", weights_only=True)
+    seen = []
+
+    def draw(kind: str) -> Rollouts:
+        rollouts = Rollouts(**given[kind])
+        share = len(rollouts) // trainer.args.world_size
+        rank = trainer.args.process_index
+        return rollouts.select(torch.arange(rank * share, (rank + 1) * share))
+
+    trainer.actors.draw = lambda rows, from_reference, salt=0: draw("pool")
+    trainer.actors.sample_policy = lambda rows: draw(f"step {trainer.state.global_step}")
+    plain = trainer.weigh
+
+    def weigh(rollouts):
+        result = plain(rollouts)
+        seen.append({name: trainer.actors.gather(getattr(rollouts, name)) for name in ("log_z_B", "baseline_B")})
+        return result
+
+    trainer.weigh = weigh
+    trainer.train()
+    if trainer.is_world_process_zero():
+        state = {"seen": seen, "weights": trainer.model.state_dict(), "lambda": [m.lam for m in trainer.target.moments]}
+        torch.save(state, f"{folder}/end{processes}.pt")
+
+
+def plain_run(output_dir: str) -> None:
+    """Two processes that sample for themselves must not draw the same rollouts."""
+    trainer = tiny.trainer(
+        tiny.HARD["pointwise"](),
+        output_dir,
+        tiny.model(0, 0.5, torch.float32),
+        max_steps=2,
+        per_device_train_batch_size=64,
+    )
+    assert trainer.args.world_size == 2
+    trainer.train()
+    trainer.evaluate()
+    own = trainer._last_rollouts
+    Path(output_dir, f"texts{trainer.args.process_index}").write_text("\n".join(own.texts))
+    digest = sum(p.double().sum().item() for p in trainer.model.parameters())
+    Path(output_dir, f"digest{trainer.args.process_index}").write_text(f"{digest:.12f}")
+
+
+if __name__ == "__main__":
+    {"training": training, "same_rollouts": same_rollouts, "plain_run": plain_run}[sys.argv[1]](*sys.argv[2:])
