@@ -2,8 +2,8 @@
 
 A completion ends with its first EOS, which belongs to it and is scored; one cut at the maximum length is an element of the
 space as it stands. Sampling is at temperature 1 without truncation unless the user asks, and `sampler_logp_B` is the log
-density of what was really sampled: it is recorded from the very logits that `generate` drew from, so no second pass is
-needed and a warped distribution is accounted for.
+density of what was really sampled: it is recorded from the very logits that the tokens were drawn from, so no second pass
+is needed and a warped distribution is accounted for.
 
 Left out: scoring under other models (`scoring`), targets. Shapes: B samples, P prompt, T completion tokens.
 """
@@ -145,27 +145,31 @@ def completion_mask(ids_BT: Tensor, eos_ids: Sequence[int]) -> Tensor:
     return is_eos.cumsum(-1) - is_eos.long() == 0
 
 
-class _RecordLogps(LogitsProcessor):
-    """Keeps log-probs of the tokens drawn from the scores that pass through, a column per step: O(B x V) memory."""
+class _Draw(LogitsProcessor):
+    """Draws the next token by inverting the distribution function and leaves it as the only choice.
 
-    def __init__(self):
-        self.columns: list[Tensor] = []
-        self._scores: Tensor | None = None
+    One uniform number per row, where torch's multinomial draws one per token of the vocabulary (half of a small model's
+    sampling time); and the log-probs of what was drawn are at hand, under the model and as warped.
+    """
+
+    def __init__(self, warpers: Sequence[LogitsProcessor]):
+        self.warpers = warpers
+        self.policy_logps: list[Tensor] = []
+        self.sampler_logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._scores is not None:
-            self._take(input_ids[:, -1])
-        self._scores = scores
-        return scores
-
-    def _take(self, token_B: Tensor) -> None:
-        chosen = self._scores.gather(-1, token_B[:, None]).squeeze(-1)
-        self.columns.append(chosen - torch.logsumexp(self._scores, -1))
-
-    def finish(self, last_token_B: Tensor) -> Tensor:
-        """(B, T) log-probs; entries after the EOS are meaningless."""
-        self._take(last_token_B)
-        return torch.stack(self.columns, 1)
+        warped = scores
+        for warper in self.warpers:
+            warped = warper(input_ids, warped)
+        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+        cumulative = torch.softmax(warped, -1).cumsum(-1, dtype=exact)
+        uniform = torch.rand(len(scores), 1, dtype=exact, device=scores.device)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = token.clamp_max(scores.shape[-1] - 1)
+        self.policy_logps.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)).squeeze(-1))
+        if self.warpers:
+            self.sampler_logps.append((warped.gather(-1, token) - warped.logsumexp(-1, keepdim=True)).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
 # Options of `generate` that leave the distribution of completions alone.
@@ -303,14 +307,10 @@ class TransformersSampler:
         prompt_ids, prompt_mask, keys = self.encode(prompts)
         device = next(model.parameters()).device
         prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-        policy_record, sampler_record = _RecordLogps(), _RecordLogps()
-        recorders = [policy_record, *self.warpers, sampler_record] if self.warpers else [policy_record]
+        draw = _Draw(self.warpers)
         config = GenerationConfig(
-            do_sample=True,
+            do_sample=False,  # the processor draws: see _Draw
             max_new_tokens=self.max_completion_length,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
             repetition_penalty=1.0,
             num_beams=1,
             eos_token_id=self.eos_ids,
@@ -322,14 +322,13 @@ class TransformersSampler:
                 prompt_ids,
                 attention_mask=prompt_mask.long(),
                 generation_config=config,
-                logits_processor=LogitsProcessorList(recorders),
+                logits_processor=LogitsProcessorList([draw]),
                 synced_gpus=synced,
             )
         completion_ids = sequences[:, prompt_ids.shape[1] :]
         mask = completion_mask(completion_ids, self.eos_ids)
-        last = completion_ids[:, -1]
-        policy_logps = torch.where(mask, policy_record.finish(last), 0.0)
-        sampler_logps = torch.where(mask, sampler_record.finish(last), 0.0) if self.warpers else policy_logps
+        policy_logps = torch.where(mask, torch.stack(draw.policy_logps, 1), 0.0)
+        sampler_logps = torch.where(mask, torch.stack(draw.sampler_logps, 1), 0.0) if self.warpers else policy_logps
         policy_logp = policy_logps.sum(-1).cpu().double()
         return Rollouts(
             prompt_ids,

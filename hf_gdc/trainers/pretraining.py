@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .. import stories
 from ..arguments import check_options, suggest_options
 from ..checkpoints import SafeCheckpoints
-from ..data import char_tokenizer, load_text, train_tokenizer
+from ..data import char_tokenizer, load_text, train_tokenizer, word_tokenizer
 from ..encoding import IGNORED_LABEL, RightPadCollator, tokenize_blocks, tokenize_rows
 from ..loading import disable_dropout
 from ..muon import MuonAdamW
@@ -47,7 +47,8 @@ class PretrainArguments:
     num_stories: int = field(default=20_000, metadata={"help": 'How many stories to sample if data is "stories".'})
     validation_percent: int = field(default=5, metadata={"help": "The last so many percent are held out."})
     tokenizer: str = field(
-        default="bpe", metadata={"help": '"bpe" or "char", trained on the data, or the path or id of a tokenizer.'}
+        default="bpe",
+        metadata={"help": '"bpe", "word" or "char", trained on the data, or the path or id of a tokenizer.'},
     )
     vocab_size: int = field(default=768, metadata={"help": 'Most tokens of a "bpe" tokenizer.'})
     max_length: int = field(default=48, metadata={"help": "Tokens of a row: longer texts are cut, blocks are as long."})
@@ -163,19 +164,20 @@ def build_tokenizer(options: PretrainArguments, dataset: Dataset) -> PreTrainedT
     Raises:
         ValueError: no tokenizer there, one without an EOS token, or chats to train one on.
     """
-    if options.tokenizer in ("bpe", "char"):
+    closed = {"char": char_tokenizer, "word": word_tokenizer}
+    if options.tokenizer in ("bpe", *closed):
         columns = ["text"] if "text" in dataset.column_names else ["prompt", "completion"]
         if not isinstance(dataset[0][columns[0]], str):
             raise ValueError("chats need a tokenizer with a chat template: set `tokenizer` to its path or id.")
         texts = [text for name in columns for text in dataset[name]]
-        if options.tokenizer == "char":
-            return char_tokenizer(texts, options.max_length)
+        if options.tokenizer in closed:
+            return closed[options.tokenizer](texts, options.max_length)
         return train_tokenizer(texts, options.vocab_size, options.max_length)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     except OSError as error:
         raise ValueError(
-            f'no tokenizer {options.tokenizer!r}: it is not "bpe", "char", a path or an id: {error}'
+            f'no tokenizer {options.tokenizer!r}: it is not "bpe", "word", "char", a path or an id: {error}'
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

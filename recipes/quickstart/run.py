@@ -45,6 +45,7 @@ def pretrain_base(options: QuickstartArguments, args: GDCConfig) -> Path:
     folder, metrics = pretrain(
         PretrainArguments(
             num_stories=options.num_stories,
+            tokenizer="word",
             max_length=args.max_completion_length + 1,  # BOS is the prompt
             model_kwargs={
                 "hidden_size": options.hidden_size,
