@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .loading import frozen_copy
-from .rollouts import Rollouts, TransformersSampler, evaluating, unsharded
+from .rollouts import Rollouts
+from .sampling import TransformersSampler, evaluating, unsharded
 from .scoring import Scorer
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gdc.partition import prompt_key
-from hf_gdc.rollouts import Rollouts, TransformersSampler, completion_mask
+from hf_gdc.rollouts import Rollouts, completion_mask
+from hf_gdc.sampling import TransformersSampler
 from hf_gdc.scoring import Scorer
 
 MODELS = {"small_gpt": small_gpt, "learned": lambda: small_gpt(position_embedding_type="learned"), "gpt2": gpt2}

@@ -28,7 +28,8 @@ from ..loading import disable_dropout, load_policy, load_tokenizer
 from ..partition import Partition, leave_one_out_baseline
 from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream
 from ..reporting import Averages, length_metrics, log_samples
-from ..rollouts import Rollouts, TransformersSampler
+from ..rollouts import Rollouts
+from ..sampling import TransformersSampler
 from ..scoring import PolicyOutput
 from ..targets.base import Context, Factor, Target
 
