@@ -65,7 +65,10 @@ class Actors:
             torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
             parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             sampler = self.sampler.unwarped()
-            return Rollouts.concatenate([self._sample(sampler, model, part).tokens_to("cpu") for part in parts])
+            rollouts = Rollouts.concatenate([self._sample(sampler, model, part).tokens_to("cpu") for part in parts])
+        if from_reference:
+            rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
+        return rollouts
 
     def policy_logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log pi of the policy as it is now."""

@@ -92,6 +92,13 @@ class PolicyGradientConfig(TrainingArguments):
         default=4096,
         metadata={"help": "Samples of the reference that fit the moments and estimate Z before the first step."},
     )
+    reference_replay: int = field(
+        default=0,
+        metadata={
+            "help": "Of the fit_samples, those in the target's support join every set of rollouts, so many per process, as "
+            "a defensive mixture: rare modes stay in sight. For the empty prompt, without warped sampling."
+        },
+    )
     eval_samples: int = field(default=1024, metadata={"help": "Completions that `evaluate` draws from the policy."})
     reference_samples: int = field(
         default=20480,
@@ -119,6 +126,18 @@ class PolicyGradientConfig(TrainingArguments):
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        warped = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty) != (
+            1.0,
+            0,
+            1.0,
+            None,
+            1.0,
+        )
+        if self.reference_replay and (warped or not self.fit_samples):
+            raise ValueError(
+                "reference_replay mixes fit_samples with unwarped samples of the policy: it needs fit_samples and neither "
+                "temperature, top_k, top_p, min_p nor repetition_penalty."
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, but is {self.temperature}.")
         if self.steps_per_generation is None:

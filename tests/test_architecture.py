@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_gdc"
 FLOORS = [
     ["divergences", "moments", "objectives", "partition", "scoring", "stories", "muon", "trl_compat", "models"],
     ["arguments", "actors", "checkpoints", "data", "encoding", "evaluation", "features", "hub", "loading", "metrics"]
-    + ["prompt_order", "reporting", "rollouts", "sampling"],
+    + ["mixture", "prompt_order", "reporting", "rollouts", "sampling"],
     ["targets"],
     ["trainers"],
     ["cli"],

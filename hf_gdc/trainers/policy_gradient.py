@@ -25,6 +25,7 @@ from ..checkpoints import SafeCheckpoints
 from ..divergences import Divergence
 from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated, rollout_metrics
 from ..loading import disable_dropout, load_policy, load_tokenizer
+from ..mixture import DefensiveMixture
 from ..partition import Partition, leave_one_out_baseline
 from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream
 from ..reporting import Averages, length_metrics, log_samples
@@ -77,6 +78,10 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
             train_dataset = _empty_prompts(args)
             eval_dataset = EmptyPrompts(1) if eval_dataset is None else eval_dataset
         else:
+            if args.reference_replay:
+                raise ValueError(
+                    "reference_replay is for the empty prompt: leave it 0 with a train_dataset of prompts."
+                )
             first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
             if args.generation_batch_size % args.num_generations:
                 raise ValueError(
@@ -114,6 +119,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self._buffer: list[Rollouts] = []
         self._last_rollouts: Rollouts | None = None
         self._pools: dict[tuple, Rollouts] = {}
+        self._mixture: DefensiveMixture | None = None
 
     # ---- what a method gives ----
 
@@ -157,11 +163,16 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
     def _make_rollouts(self, rows: list[dict]) -> Rollouts:
         if not self._fitted:
             self._fit_on_reference()
-        rollouts = self.actors.sample_policy(rows)
+        self._last_rollouts = rollouts = self.actors.sample_policy(rows)
+        in_support_B = self.target.log_score(rollouts) > -torch.inf  # computes the features, once
+        self.actors.reference_logp(rollouts)
+        metrics = self._sample_metrics(rollouts)
+        self.target.fit(rollouts)  # on fresh samples alone: the replayed ones are few and come again and again
+        if self.args.reference_replay:
+            rollouts = self._reference_mixture().join(rollouts, in_support_B)
         scored_N, log_z_N = self.weigh(rollouts)
-        self._last_rollouts = rollouts
-        metrics = rollout_metrics(scored_N, log_z_N, self.partition) | self._sample_metrics(rollouts)
-        self._averages.add(metrics, samples=len(scored_N.log_score))
+        metrics |= rollout_metrics(scored_N, log_z_N, self.partition)
+        self._averages.add(metrics, samples=len(rows) * self.args.world_size)
         return rollouts
 
     def weigh(self, rollouts: Rollouts) -> tuple[Scored, Tensor]:
@@ -169,8 +180,6 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
 
         Returns the numbers of all processes' samples, and their log Z (N,).
         """
-        self.target.log_weight(rollouts)  # features and other models' log-probs, once
-        self.target.fit(rollouts)
         scored_N = self._gather_scored(rollouts)
         log_w_N = scored_N.log_score - scored_N.sampler_logp
         self.partition.update(scored_N.prompt_key, log_w_N, self.target.version)
@@ -230,6 +239,13 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         if key not in self._pools:
             self._pools[key] = self.actors.draw(repeated(rows, total), from_reference=True)
         return self._pools[key]
+
+    def _reference_mixture(self) -> DefensiveMixture:
+        if self._mixture is None:
+            pool = self._reference_pool([{"prompt": ""}], self.args.fit_samples)
+            in_support_B = self.target.log_score(pool) > -torch.inf
+            self._mixture = DefensiveMixture(pool, in_support_B, self.args.reference_replay, self.actors)
+        return self._mixture
 
     def _refuse_empty_support(self) -> None:
         hard = [factor.formula() for factor, _ in self.target.terms if factor.hard]
