@@ -20,7 +20,7 @@ else:
     sys.exit("hf_gdc can be imported here")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer("", return_tensors="pt")
 out = model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=8)
 assert out.shape[1] > 1
@@ -67,7 +67,9 @@ def test_the_model_loads_without_the_library(quickstart, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", LOAD, str(output / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("transformers_modules")
 

@@ -110,7 +110,7 @@ def print_table(report: dict) -> None:
 
 
 def plot(history: list[dict], path: Path) -> None:
-    """Moments and divergences over training, from the policy's own samples."""
+    """Moments and divergences over training, from each step's samples."""
     rows = [row for row in history if "features/dragon" in row]
     steps = [row["step"] for row in rows]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -122,7 +122,7 @@ def plot(history: list[dict], path: Path) -> None:
     for name, label in (("kl_target_policy", "KL(p||pi)"), ("kl_policy_reference", "KL(pi||a)"), ("js", "2 JS")):
         found = [row for row in rows if name in row]
         right.plot([row["step"] for row in found], [row[name] for row in found], label=label)
-    right.set(xlabel="step", ylabel="nats", ylim=(0, 7), title="divergences, from the policy's own samples")
+    right.set(xlabel="step", ylabel="nats", ylim=(0, 7), title="divergences, from each step's samples")
     right.legend()
     fig.savefig(path, dpi=120)
     plt.close(fig)
