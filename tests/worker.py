@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from hf_gdc import Rollouts
@@ -93,3 +94,4 @@ def plain_run(output_dir: str) -> None:
 
 if __name__ == "__main__":
     {"training": training, "same_rollouts": same_rollouts, "plain_run": plain_run}[sys.argv[1]](*sys.argv[2:])
+    PartialState().destroy_process_group()  # or a process may abort while the other exits

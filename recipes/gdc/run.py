@@ -13,6 +13,8 @@ The model, its tokenizer, target and card go to OUTPUT_DIR/model.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
+
 from hf_gdc import GDCConfig, GDCTrainer
 from hf_gdc.cli import TargetArguments, build_target, parse_options, resume_option
 from hf_gdc.data import load_prompts
@@ -64,3 +66,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -11,6 +11,8 @@ The nats per token of the held-out part say how good the model is; on the storie
 KL(grammar || model) per story, 0 for a perfect model. The model, its tokenizer and its code go to OUTPUT_DIR/model.
 """
 
+from accelerate import PartialState
+
 from hf_gdc.cli import parse_options, resume_option
 from hf_gdc.trainers.pretraining import PretrainArguments, PretrainConfig, pretrain
 
@@ -30,3 +32,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gdc import GDCConfig, GDCTrainer, Moment, Pointwise, Reference, Target
@@ -184,3 +185,4 @@ def _is_number(value) -> bool:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()
