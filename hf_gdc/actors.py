@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .loading import frozen_copy
 from .rollouts import Rollouts
@@ -65,6 +66,10 @@ class Actors:
             torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
             parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             sampler = self.sampler.unwarped()
+            quiet = len(parts) < 4 or not self.accelerator.is_local_main_process
+            parts = tqdm(
+                parts, desc="sampling the reference" if from_reference else "sampling", disable=quiet, leave=False
+            )
             rollouts = Rollouts.concatenate([self._sample(sampler, model, part).tokens_to("cpu") for part in parts])
         if from_reference:
             rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
