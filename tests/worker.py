@@ -40,7 +40,7 @@ def same_rollouts(folder: str, processes: str) -> None:
     trainer = tiny.trainer(
         tiny.HARD["pointwise and moment"](),
         f"{folder}/run{processes}",
-        tiny.model(0, 0.5, torch.float32),
+        tiny.model(0, 0.5),
         ["a", "b"],
         max_steps=2,
         per_device_train_batch_size=32 // int(processes),
