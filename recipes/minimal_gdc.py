@@ -51,6 +51,8 @@ def train(policy, start_id: int, draw, satisfied, steps: int, learning_rate: flo
         # Z = E_pi[P / pi], a running mean over all samples so far
         log_z_sum = torch.logaddexp(log_z_sum, (log_score - logp.detach().double()).logsumexp(0))
         drawn += len(ids)
+        if log_z_sum == -math.inf:
+            continue  # no sample has satisfied b yet: Z is unknown, and there is nothing to learn from
         log_t = logp.detach().double() - log_score + log_z_sum - math.log(drawn)  # log pi / p, inf where p = 0
         reward = softplus(-log_t) - math.log(2)  # -f'(pi / p)
         baseline = (reward.sum() - reward) / (len(reward) - 1)  # of the others: unbiased

@@ -260,9 +260,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
 
     def _sample_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         """Means over all processes of features, lengths and entropy."""
-        metrics = {
-            f"features/{name}": value.nanmean() for name, value in rollouts.scores.items() if name != "reference_logp"
-        }
+        features = {feature.name for factor, _ in self.target.terms for feature in factor.features}
+        metrics = {f"features/{name}": rollouts.scores[name].nanmean() for name in sorted(features)}
         metrics |= length_metrics(rollouts, self.actors.sampler.eos_ids)
         metrics["entropy"] = -rollouts.policy_logp_B.sum() / rollouts.lengths_B.sum().cpu()
         means = self.actors.gather(torch.stack([torch.as_tensor(v).double() for v in metrics.values()]))
