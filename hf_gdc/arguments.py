@@ -92,12 +92,23 @@ class PolicyGradientConfig(TrainingArguments):
         default=4096,
         metadata={"help": "Samples of the reference that fit the moments and estimate Z before the first step."},
     )
-    reference_replay: int = field(
+    fit_support: int = field(
+        default=0,
+        metadata={"help": "Draw more, fit_samples at a time, until so many lie in the target's support: for rare ones."},
+    )
+    max_fit_samples: int | None = field(
+        default=None, metadata={"help": "The most samples to draw for fit_support. Default: 100 times fit_samples."}
+    )
+    replay_samples: int = field(
         default=0,
         metadata={
-            "help": "Of the fit_samples, those in the target's support join every set of rollouts, so many per process, as "
-            "a defensive mixture: rare modes stay in sight. For the empty prompt, without warped sampling."
+            "help": "So many weighted samples of the target, from the fit_samples and earlier steps, join every set of rollouts "
+            "of a process as a defensive mixture: rare modes stay in sight. Without warped sampling."
         },
+    )
+    replay_window: int = field(
+        default=0,
+        metadata={"help": "Samples of earlier steps to replay from beside the fit_samples."},
     )
     eval_samples: int = field(default=1024, metadata={"help": "Completions that `evaluate` draws from the policy."})
     reference_samples: int = field(
@@ -133,9 +144,9 @@ class PolicyGradientConfig(TrainingArguments):
             None,
             1.0,
         )
-        if self.reference_replay and (warped or not self.fit_samples):
+        if self.replay_samples and (warped or not self.fit_samples):
             raise ValueError(
-                "reference_replay mixes fit_samples with unwarped samples of the policy: it needs fit_samples and neither "
+                "replay_samples mixes fit_samples with unwarped samples of the policy: it needs fit_samples and neither "
                 "temperature, top_k, top_p, min_p nor repetition_penalty."
             )
         if self.temperature <= 0:

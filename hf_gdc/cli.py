@@ -4,6 +4,7 @@ Left out: the `hf-gdc` command.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,11 @@ class TargetArguments:
         metadata={"help": "Features that every sample must have: contains:dragon my_features.py:is_valid."},
     )
     moment: list[str] | None = field(
-        default=None, metadata={"help": "Features with their wanted means: contains:she=0.5 my_features.py:f=0.2."}
+        default=None,
+        metadata={
+            "help": "Features with their wanted means: contains:she=0.5 'contains:she=0.5 per topic' "
+            "'contains:she={fable: 0.5, news: 0.3} per topic', where `topic` is a column of the dataset, or `prompt`."
+        },
     )
     reward: list[str] | None = field(
         default=None, metadata={"help": "Reward functions, added up: my_rewards.py:helpful."}
@@ -114,18 +119,13 @@ def build_target(options: TargetArguments) -> Target:
     """Reference() times the factors that the options name.
 
     Raises:
-        ValueError: no factor at all, a moment without its mean, or a feature that can't be found.
+        ValueError: no factor at all, a moment without its mean or means, or a feature that can't be found.
     """
     target = Target([Reference()])
     for spec in options.pointwise or []:
         target = target * Pointwise(spec)
     for spec in options.moment or []:
-        feature, _, mean = spec.rpartition("=")
-        if not feature or not _is_number(mean):
-            raise ValueError(
-                f"the moment {spec!r} lacks its wanted mean: spell it feature=mean, as in contains:she=0.5."
-            )
-        target = target * Moment(feature, float(mean))
+        target = target * _moment(spec)
     if options.reward:
         target = target * Reward(options.reward, options.beta)
     if len(target.terms) == 1:
@@ -133,9 +133,24 @@ def build_target(options: TargetArguments) -> Target:
     return target
 
 
-def _is_number(text: str) -> bool:
+def _moment(spec: str) -> Moment:
+    """feature=mean, `feature=mean per column` or `feature={group: mean, ...} per column`."""
+    found = re.fullmatch(r"(?s)(?P<feature>.+)=(?P<mean>\s*\{[^{}]*\}|[^=]*?)( per (?P<column>[^={}]+))?", spec)
+    mean = None if found is None else _mean_of(found["mean"], found["column"] is not None)
+    if mean is None:
+        raise ValueError(
+            f"the moment {spec!r} lacks its wanted mean: spell it feature=mean, as in contains:she=0.5, or for groups of "
+            "prompts 'contains:she=0.5 per column' or 'contains:she={group: 0.5, other: 0.3} per column'."
+        )
+    return Moment(found["feature"], mean, per=found["column"] and found["column"].strip())
+
+
+def _mean_of(text: str, grouped: bool) -> float | dict[str, float] | None:
+    """A number or, for groups, a mapping from group to number; None for anything else."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        if not (grouped and text.strip().startswith("{")):
+            return float(text)
+        means = yaml.load(text, Loader=yaml.BaseLoader)  # plain texts: a group called `no` is no truth value
+        return {group: float(mean) for group, mean in means.items()}
+    except (ValueError, TypeError, yaml.YAMLError):
+        return None

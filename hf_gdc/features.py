@@ -4,83 +4,60 @@ A feature has TRL's reward-function signature, `f(prompts, completions, completi
 called once per batch; so every TRL reward function is a feature. In YAML, on the command line and as the first argument of
 a factor it may be spelt as text:
 
-    contains:dragon          a ready feature with its argument
-    my_features.py:is_happy  a function in a file
-    my_package.rewards:f     a function in an importable module
+    contains:dragon                         a ready feature with its argument (`ready_features`)
+    vader:compound                          a sentiment score (`scorers`)
+    classifier:org/model=positive           a Hub classifier's probability of a label, or
+    classifier:path/to/model=positive>0.5   whether that is above a threshold (`scorers`)
+    my_features.py:is_happy                 a function in a file
+    my_package.rewards:f                    a function in an importable module
 
-Left out: classifiers and embedding scorers.
+Left out: reward models that are not classifiers of text.
 """
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
-import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
+from .ready_features import contains, count, length, max_words, regex, starts_with, text_of
 from .rollouts import Rollouts
+from .scorers import spelt_classifier, vader
+
+READY: dict[str, Callable] = {f.__name__: f for f in (contains, regex, count, starts_with, max_words, length, vader)}
+READY["classifier"] = spelt_classifier
+EXAMPLES = {"max_words": "20", "vader": "compound", "classifier": "org/model=positive"}  # of arguments, for messages
 
 
-def text_of(completion) -> str:
-    """The completion's text, whether it is a string or chat messages."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+def no_extras() -> dict:
+    """What TRL's trainers give every reward function beside the columns, where no trainer gives it.
+
+    A target stands still while the policy is trained, so a feature must not depend on `trainer_state`: at its start it is.
+    """
+    return {"trainer_state": TrainerState(), "log_extra": _ignore, "log_metric": _ignore}
 
 
-def contains(word: str) -> Callable:
-    """1.0 where the completion has this word or phrase as whole words, in any case."""
-    return regex(rf"(?i)(?<!\w){re.escape(word)}(?!\w)")
-
-
-def regex(pattern: str) -> Callable:
-    """1.0 where the regular expression is found in the completion."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"feature {'regex:' + pattern!r}: not a regular expression ({error}).") from error
-    return lambda completions, **_: [float(compiled.search(text_of(c)) is not None) for c in completions]
-
-
-def count(word: str) -> Callable:
-    """How often the word or phrase occurs as whole words, in any case."""
-    compiled = re.compile(rf"(?i)(?<!\w){re.escape(word)}(?!\w)")
-    return lambda completions, **_: [float(len(compiled.findall(text_of(c)))) for c in completions]
-
-
-def starts_with(text: str) -> Callable:
-    """1.0 where the completion begins with this text (leading spaces aside)."""
-    return lambda completions, **_: [float(text_of(c).lstrip().startswith(text)) for c in completions]
-
-
-def max_words(limit: str) -> Callable:
-    """1.0 where the completion has at most this many words."""
-    if not limit.isdigit():
-        raise ValueError(f"max_words:{limit} is unknown; say a number of words, such as max_words:20.")
-    return lambda completions, **_: [float(len(text_of(c).split()) <= int(limit)) for c in completions]
-
-
-def length(unit: str = "tokens") -> Callable:
-    """The completion's length in `tokens` (EOS included), `words` or `characters`."""
-    if unit == "tokens":
-        return lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids]
-    if unit not in ("words", "characters"):
-        raise ValueError(f"length:{unit} is unknown; say length:tokens, length:words or length:characters.")
-    measure = (lambda text: len(text.split())) if unit == "words" else len
-    return lambda completions, **_: [float(measure(text_of(c))) for c in completions]
-
-
-READY: dict[str, Callable] = {f.__name__: f for f in (contains, regex, count, starts_with, max_words, length)}
+def _ignore(name: str, value) -> None:
+    pass
 
 
 class Feature:
     """A named function over completions.
 
     Args:
-        source: a function with TRL's reward signature (plain or async) or a text as in this module's docstring.
+        source: a function or callable object with TRL's reward signature (plain or async) or a text as in this module's
+            docstring. An object may have an attribute `spec`: the text that makes it again.
         name: how it is called in logs; default: the text, or the function's name.
+
+    `extras` holds what the function gets as TRL's `trainer_state`, `log_extra` and `log_metric`.
 
     Raises:
         ValueError: an unknown spelling, file or function.
@@ -92,12 +69,18 @@ class Feature:
         elif isinstance(source, str):
             self.function, self.spec, self.name = _load(source), source, name or source
         elif callable(source):
-            self.function, self.spec, self.name = source, _importable_spec(source), name or source.__name__
+            self.function, self.spec = source, getattr(source, "spec", None) or _importable_spec(source)
+            self.name = name or _name_of(source)
         else:
             raise ValueError(f"a feature is a function or a text such as 'contains:dragon', not {source!r}.")
         parameters = inspect.signature(self.function).parameters.values()
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._accepted = None if takes_all else {p.name for p in parameters}
+        self.extras = no_extras()
+
+    def same_as(self, other: "Feature") -> bool:
+        """Whether both are known to be one function, whatever they are called."""
+        return self.function is other.function or (self.spec is not None and self.spec == other.spec)
 
     def __call__(self, rollouts: Rollouts, allow_none: bool = False) -> Tensor:
         """(B,) values in float64, computed once per batch and kept in `rollouts.scores`; NaN for an allowed None.
@@ -118,6 +101,7 @@ class Feature:
     def _values(self, rollouts: Rollouts) -> Tensor:
         arguments = {
             **rollouts.columns,
+            **self.extras,
             "prompts": rollouts.prompts,
             "completions": rollouts.completions,
             "completion_ids": rollouts.completion_ids(),
@@ -126,7 +110,7 @@ class Feature:
             arguments = {key: value for key, value in arguments.items() if key in self._accepted}
         values = self.function(**arguments)
         if inspect.isawaitable(values):
-            values = asyncio.run(_wait(values))
+            values = _result_of(values)
         values = values.tolist() if isinstance(values, Tensor) else list(values)
         if len(values) != len(rollouts):
             raise ValueError(
@@ -149,25 +133,47 @@ class Feature:
         return self.name
 
 
-async def _wait(awaitable):
-    return await awaitable
+def _result_of(awaitable):
+    """What it gives in the end; in a thread of its own where an event loop is already running (a notebook)."""
+
+    async def wait():
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
+
+
+def _name_of(function: Callable) -> str:
+    """The function's name; of a partial, with its arguments; of another object, its class's."""
+    if isinstance(function, functools.partial):
+        given = [_short(value) for value in function.args]
+        given += [f"{name}={_short(value)}" for name, value in function.keywords.items()]
+        return f"{_name_of(function.func)}({', '.join(given)})"
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def _importable_spec(function: Callable) -> str | None:
-    """module:name where the function can be found again by it, else None (lambdas, closures, scripts)."""
+    """module:name where this function is found again by it, else None (lambdas, closures, objects, scripts)."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module in (None, "__main__") or not name.isidentifier():
         return None
-    return f"{module}:{name}"
+    return f"{module}:{name}" if getattr(sys.modules.get(module), name, None) is function else None
 
 
 def _load(spec: str) -> Callable:
     source, _, argument = spec.partition(":")
     if source in READY:
         if not argument and source != "length":
-            raise ValueError(
-                f"feature {spec!r} needs an argument, such as {source}:{'20' if source == 'max_words' else 'dragon'}."
-            )
+            raise ValueError(f"feature {spec!r} needs an argument, such as {source}:{EXAMPLES.get(source, 'dragon')}.")
         return READY[source](argument) if argument else READY[source]()
     path, colon, name = spec.rpartition(":")
     if not colon:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import TrainingArguments
 
-from hf_gdc.cli import parse_options, resume_option
+from hf_gdc.cli import TargetArguments as TargetOptions
+from hf_gdc.cli import build_target, parse_options, resume_option
 from hf_gdc.trainers.gdc import GDCConfig
 
 
@@ -106,3 +107,51 @@ def test_mistakes_in_a_config(config, text, message):
 )
 def test_resume_option(value, expected):
     assert resume_option(TrainingArguments(use_cpu=True, resume_from_checkpoint=value)) is expected
+
+
+# ---- targets ----
+
+
+@pytest.mark.parametrize(
+    ("spec", "feature", "mean", "per"),
+    [
+        ("contains:she=0.5", "contains:she", 0.5, None),
+        ("regex:a=b=1e-1", "regex:a=b", 0.1, None),
+        ("contains:once per day=0.5", "contains:once per day", 0.5, None),
+        ("contains:she=0.5 per topic", "contains:she", 0.5, "topic"),
+        ("contains:she=.5 per prompt", "contains:she", 0.5, "prompt"),
+        (
+            "contains:she={fable: 0.5, 3: 0.3, no: 1} per my topic",
+            "contains:she",
+            {"fable": 0.5, "3": 0.3, "no": 1},
+            "my topic",
+        ),
+        ('contains:she={"a b": 0.5} per topic', "contains:she", {"a b": 0.5}, "topic"),
+    ],
+)
+def test_moments_as_text(spec, feature, mean, per):
+    (moment,) = build_target(TargetOptions(moment=[spec])).moments
+    assert (moment.feature.name, moment.mean, moment.per) == (feature, mean, per)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "contains:she",
+        "contains:she=",
+        "=0.5",
+        "contains:she=half",
+        "contains:she={a: 0.5}",
+        "contains:she={a} per topic",
+    ]
+    + ["contains:she={a: b} per topic", "contains:she=half per topic", "contains:she={a: 0.5 per topic"],
+)
+def test_moments_without_their_mean(spec):
+    with pytest.raises(ValueError, match="lacks its wanted mean: spell it feature=mean.* per column"):
+        build_target(TargetOptions(moment=[spec]))
+
+
+def test_targets_from_a_config(config):
+    text = '{pointwise: contains:dragon, moment: [contains:she=0.5 per topic, "length:words={a: 3} per topic"], use_cpu: true}'
+    options, _ = parse_options(TargetOptions, GDCConfig, argv=["--config", config(text)])
+    assert [moment.per for moment in build_target(options).moments] == ["topic", "topic"]

@@ -1,10 +1,13 @@
 """Features: what the ready ones say, how functions are found and called, and messages for mistakes."""
 
 import asyncio
+import functools
 
 import pytest
 import torch
 from builders import rollouts_by_hand
+from trl import rewards
+from trl.import_utils import is_math_verify_available
 
 from hf_gdc.features import READY, Feature, text_of
 
@@ -88,6 +91,9 @@ def test_functions_get_columns_by_name_and_only_what_they_take():
     assert Feature(later)(rollouts).tolist() == [102.0, 101.0]
     got = {}
     Feature(lambda **kwargs: got.update(kwargs) or [0, 0], "all")(rollouts)
+    extras = {name: got.pop(name) for name in ("trainer_state", "log_extra", "log_metric")}  # as TRL's trainers give
+    assert extras["trainer_state"].global_step == 0
+    assert extras["log_extra"]("column", [1, 2]) is None and extras["log_metric"]("name", 1.0) is None
     assert got == {
         "prompts": ["p", "pp"],
         "completions": ["ab", "c"],
@@ -133,6 +139,85 @@ def test_only_what_can_be_found_again_has_a_spec():
 
     specs = [Feature(source).spec for source in (by_names, local, lambda completions: [0.0], "contains:x")]
     assert specs == [f"{__name__}:by_names", None, None, "contains:x"]
+
+
+# ---- TRL's reward functions ----
+
+
+def test_trls_own_reward_functions_unchanged():
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    rollouts = rollouts_by_hand(["<think>easy</think> 2", "2"], prompts=[chat, chat])
+    for source in (rewards.think_format_reward, "trl.rewards:think_format_reward"):
+        assert Feature(source)(rollouts).tolist() == [1.0, 0.0]
+    overlong = Feature(rewards.get_soft_overlong_punishment(max_completion_len=20, soft_punish_cache=10))
+    assert overlong.name == "soft_overlong_punishment_reward" and overlong.spec is None
+    assert overlong(rollouts_by_hand(["a" * n for n in (10, 15, 21)])).tolist() == [0.0, -0.5, -1.0]
+    cut = rollouts_by_hand(["abab", "abcd"])
+    repetition = Feature(rewards.get_repetition_penalty_reward(ngram_size=2))(cut).tolist()
+    assert repetition == pytest.approx([-1 / 3, 0.0])
+
+
+@pytest.mark.skipif(not is_math_verify_available(), reason="needs math-verify")
+def test_trls_accuracy_reward():
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    texts, solutions = [r"\boxed{2}", r"\boxed{3}", r"\boxed{3}"], [r"\boxed{2}", r"\boxed{2}", "?"]
+    rollouts = rollouts_by_hand(texts, prompts=[chat] * 3, solution=solutions)
+    assert Feature(rewards.accuracy_reward)(rollouts, allow_none=True).nan_to_num(nan=-1).tolist() == [1, 0, -1]
+
+
+def test_what_a_trainer_gives_reaches_the_function():
+    def logs(completions, trainer_state, log_metric, log_extra):
+        log_metric("length", 2.0)
+        log_extra("text", completions)
+        return [float(trainer_state)] * len(completions)
+
+    feature, seen = Feature(logs), []
+    feature.extras |= {
+        "trainer_state": 7,
+        "log_metric": lambda *a: seen.append(a),
+        "log_extra": lambda *a: seen.append(a),
+    }
+    assert feature(rollouts_by_hand(["ab"])).tolist() == [7.0]
+    assert seen == [("length", 2.0), ("text", ["ab"])]
+
+
+def longer_than(completions, limit, **_):
+    return [float(len(c) > limit) for c in completions]
+
+
+class Longer:
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __call__(self, completions, **_):
+        return longer_than(completions, self.limit)
+
+
+class Later(Longer):
+    async def __call__(self, completions, **_):
+        await asyncio.sleep(0)
+        return longer_than(completions, self.limit)
+
+
+def test_partials_and_objects():
+    partial = Feature(functools.partial(longer_than, limit=1))
+    nested = Feature(functools.partial(functools.partial(longer_than), ["x" * 30], limit=1))
+    assert partial.name == "longer_than(limit=1)" and partial.spec is None
+    assert nested.name == "longer_than(['xxxxxxxxxxxxxxxxxx..., limit=1)"
+    for source, name in ((Longer(1), "Longer"), (Later(1), "Later"), (Longer(1).__call__, "__call__")):
+        feature = Feature(source)
+        assert (feature.name, feature.spec) == (name, None)
+        assert feature(rollouts_by_hand(["a", "ab"])).tolist() == [0.0, 1.0]
+    assert partial(rollouts_by_hand(["a", "ab"])).tolist() == [0.0, 1.0]
+
+
+def test_async_features_inside_a_running_event_loop():
+    """As in a notebook, where `asyncio.run` is refused."""
+
+    async def notebook():
+        return Feature(later)(rollouts_by_hand(["ab"], bonus=[100])).tolist()
+
+    assert asyncio.run(notebook()) == [102.0]
 
 
 # ---- mistakes ----
@@ -184,4 +269,5 @@ def test_bad_spellings(source, message):
 
 
 def test_every_ready_feature_is_tested():
-    assert set(READY) == {"contains", "regex", "count", "starts_with", "max_words", "length"}
+    here = {"contains", "regex", "count", "starts_with", "max_words", "length"}
+    assert set(READY) == here | {"vader", "classifier"}  # these two in test_scorers.py

@@ -161,3 +161,96 @@ def test_contradictory_moments():
 def test_no_sample_in_the_support():
     with pytest.raises(ValueError, match="none of the 3 samples satisfies .* the moments feature0 can't be fitted"):
         fit(torch.ones(3, 1), torch.full((3,), -math.inf), [0.5])
+
+
+# ---- a lambda for each group of prompts ----
+
+
+def grouped(phi, log_w, wanted, group, column, **options):
+    names = [f"lambda{k}" for k in range(len(wanted))]
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    return fit_moments(phi, log_w, wanted, group, torch.zeros(len(wanted)), names, column, **options)
+
+
+def test_groups_of_prompts_are_fitted_as_if_alone():
+    """Without a shared moment the problem falls apart, whatever the groups' sizes."""
+    phi, log_w, prompt = sample(8, 600, 2, 6)
+    of_prompt = torch.tensor([0, 0, 0, 0, 1, 1])
+    column = torch.stack([of_prompt[prompt], 2 + of_prompt[prompt]], 1)
+    result = grouped(phi, log_w, [0.5, 0.3, -0.2, 0.4], prompt, column)
+    for part, (lambdas, wanted) in enumerate([([0, 2], [0.5, -0.2]), ([1, 3], [0.3, 0.4])]):
+        mine = of_prompt[prompt] == part
+        alone = fit(phi[mine], log_w[mine], wanted, prompt[mine])
+        torch.testing.assert_close(result.lam[lambdas], alone.lam, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result.mean[lambdas], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-7)
+        torch.testing.assert_close(result.ess_K[lambdas], alone.ess_K)
+
+
+def test_a_shared_moment_and_one_with_groups_jointly():
+    phi, log_w, prompt = sample(9, 600, 2, 4)
+    of_prompt = torch.tensor([0, 0, 0, 1])
+    column = torch.stack([torch.zeros_like(prompt), 1 + of_prompt[prompt]], 1)
+    result = grouped(phi, log_w, [0.5, -0.2, 0.4], prompt, column)
+    tilted = log_w + phi[:, 0] * result.lam[0] + phi[:, 1] * result.lam[1 + of_prompt[prompt]]
+    assert float(naive_means(torch.zeros(2).double(), phi, tilted, prompt)[0]) == pytest.approx(0.5, abs=1e-7)
+    for part, wanted in enumerate([-0.2, 0.4]):
+        mine = of_prompt[prompt] == part
+        mean = naive_means(torch.zeros(2).double(), phi[mine], tilted[mine], prompt[mine])[1]
+        assert float(mean) == pytest.approx(wanted, abs=1e-7)
+
+
+def test_the_hessian_with_groups_by_finite_differences():
+    phi, log_w, prompt = sample(10, 200, 2, 4)
+    alive = log_w > -math.inf
+    phi, log_w, prompt = phi[alive], log_w[alive], prompt[alive]
+    column = torch.stack([torch.zeros_like(prompt), 1 + prompt // 2], 1)
+    lam, step = torch.tensor([0.3, -0.7, 0.2], dtype=torch.float64), 1e-5
+    _, mean, hessian, _ = weighted_stats(lam, phi, log_w, prompt, 4, column)
+    share = torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)  # of the prompts
+    for k, direction in enumerate(torch.eye(3, dtype=torch.float64)):
+        up = weighted_stats(lam + step * direction, phi, log_w, prompt, 4, column)
+        down = weighted_stats(lam - step * direction, phi, log_w, prompt, 4, column)
+        assert float(share[k] * mean[k]) == pytest.approx(float(up[0] - down[0]) / (2 * step), abs=1e-8)
+        torch.testing.assert_close(hessian[k], share * (up[1] - down[1]) / (2 * step), rtol=0, atol=1e-8)
+
+
+def test_what_is_not_free_stays():
+    phi, log_w, prompt = sample(11, 300, 2, 3)
+    column = torch.stack([torch.zeros_like(prompt), 1 + prompt], 1)
+    free = torch.tensor([True, True, False, True, False])  # the last has no prompt at all
+    result = grouped(phi, log_w, [0.5, 0.1, 9.0, 0.1, 9.0], prompt, column, free=free)
+    assert result.lam[[2, 4]].tolist() == [0, 0] and float(result.ess_K[4]) == 0
+    torch.testing.assert_close(result.mean[[0, 1, 3]], torch.tensor([0.5, 0.1, 0.1]).double(), rtol=0, atol=1e-6)
+
+
+def test_mistakes_with_groups():
+    phi = torch.tensor([[0.0], [1.0], [0.0], [0.0]], dtype=torch.float64)
+    prompt = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"of 'lambda1' .*\(0, 0\)\. every one of them has the value 0"):
+        grouped(phi, torch.zeros(4), [0.5, 0.5], prompt, prompt[:, None])
+    with pytest.raises(ValueError, match=r"of 'lambda2' .*\(nan, nan\)\. there is none of this group"):
+        grouped(
+            phi[:2],
+            torch.zeros(2),
+            [0.5, 0.5, 0.5],
+            prompt[:2],
+            prompt[:2, None],
+            free=torch.tensor([True, False, True]),
+        )
+    with pytest.raises(ValueError, match="a prompt has samples in two groups of a moment"):
+        grouped(phi, torch.zeros(4), [0.5, 0.5], prompt, torch.tensor([[0], [1], [1], [1]]))
+
+
+def test_effective_samples_behind_a_lambda():
+    """A prompt with one effective sample says nothing of lambda."""
+    phi = torch.tensor([[0.0], [1.0], [1.0], [0.0], [1.0]], dtype=torch.float64)
+    prompt = torch.tensor([0, 0, 1, 2, 2])
+    result = grouped(
+        phi,
+        torch.zeros(5),
+        [0.5, 0.5],
+        prompt,
+        torch.tensor([[0], [0], [0], [1], [1]]),
+        free=torch.tensor([False, True]),
+    )
+    assert result.ess == pytest.approx(5) and result.ess_K.tolist() == pytest.approx([2, 2])

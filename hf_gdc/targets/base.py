@@ -12,7 +12,7 @@ N gathered ones, K moments.
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..divergences import get_divergence
 from ..features import Feature
-from ..moments import fit_moments, weighted_stats
-from ..partition import DivergenceEstimator, group_logsumexp
+from ..moment_window import MomentWindow
+from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
 
 
@@ -30,12 +30,14 @@ class Context:
     """What a factor may need from where it is used.
 
     `reference_logp(rollouts)` gives log a (B,) on the CPU; `sample_reference(prompts)` draws from a, one completion for
-    each prompt; `gather` joins a CPU tensor of equal length over processes (the identity on one).
+    each prompt; `gather` joins a CPU tensor of equal length over processes (the identity on one). `extras` replaces what
+    features get as TRL's `trainer_state`, `log_metric` and `log_extra`.
     """
 
     reference_logp: Callable[[Rollouts], Tensor]
     sample_reference: Callable[[Sequence], Rollouts]
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    extras: dict = field(default_factory=dict)
 
 
 class Factor:
@@ -43,13 +45,14 @@ class Factor:
 
     Class attributes:
         hard: the score may be -inf.
-        log_linear: the score is `self.lam * self.feature(rollouts)` with `self.mean` wanted; the target solves for all
-            such lambdas jointly.
+        log_linear: the score is lambda * feature with a wanted mean; the target solves for all such lambdas jointly. See
+            `Moment`, the one factor of that kind.
     """
 
     hard = False
     log_linear = False
     features: Sequence[Feature] = ()  # what it reads of the completions; the report says their means
+    always: Sequence[Feature] = ()  # those of them that are 1 for every sample of the target
 
     def bind(self, context: Context) -> None:
         """Receive what the factor needs; called once before it is used."""
@@ -119,16 +122,29 @@ class Target(Factor):
             raise ValueError(f"each moment needs a feature of its own, but these were given: {', '.join(names)}.")
         named: dict[str, Feature] = {}
         for feature in self._features():
-            known = named.setdefault(feature.name, feature)
-            if known.function is not feature.function and (known.spec is None or known.spec != feature.spec):
+            if not named.setdefault(feature.name, feature).same_as(feature):
                 raise ValueError(
                     f"two features are called {feature.name!r}: give them names, e.g. Pointwise(f, name='short')."
                 )
+        self._refuse_contradictions()
         self.version = 0
-        self.ess = 0.0  # of the last fit of the moments
-        self.fit_window = 0  # samples kept for refits, set by the first fit
-        self._window: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._window = MomentWindow()
         self._context: Context | None = None
+
+    def _refuse_contradictions(self) -> None:
+        """A moment of what a hard constraint already fixes to 1 contradicts it, or says it again."""
+        for factor, _ in self.terms:
+            for moment in self.moments:
+                if any(moment.feature.same_as(feature) for feature in factor.always):
+                    raise ValueError(
+                        f"{factor.formula()} gives every sample {moment.feature.name} = 1, so {moment.wanted()} "
+                        f"{'says it again' if moment.mean == 1 else 'contradicts it'}: drop one of the two."
+                    )
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the last fit of the moments, 0 before the first."""
+        return self._window.ess
 
     def _features(self) -> list[Feature]:
         return [feature for factor, _ in self.terms for feature in factor.features]
@@ -141,9 +157,15 @@ class Target(Factor):
         self._context = context
         for factor, _ in self.terms:
             factor.bind(context)
+        for feature in self._features():
+            feature.extras |= context.extras
 
     def log_weight(self, rollouts: Rollouts) -> Tensor:
-        """(B,) log P - log q in float64: the primary quantity."""
+        """(B,) log P - log q in float64: the primary quantity.
+
+        Raises:
+            ValueError: a factor is NaN or infinite, so that P can't be normalised.
+        """
         return self._sum(rollouts, self.terms) - rollouts.sampler_logp_B
 
     def log_score(self, rollouts: Rollouts) -> Tensor:
@@ -151,17 +173,30 @@ class Target(Factor):
         return self._sum(rollouts, self.terms)
 
     def _sum(self, rollouts: Rollouts, terms) -> Tensor:
-        return sum(
-            (weight * factor.log_score(rollouts) for factor, weight in terms),
-            start=torch.zeros(len(rollouts), dtype=torch.float64),
-        )
+        total = torch.zeros(len(rollouts), dtype=torch.float64)
+        for factor, weight in terms:
+            score = weight * factor.log_score(rollouts)
+            bad = torch.isnan(score) | (score == torch.inf)
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"the target can't be normalised: the log of {factor.formula()} is {float(score[row])} for sample {row}, "
+                    f"{rollouts.texts[row][:80]!r}. Bound the reward or raise its beta; of a model, check that its "
+                    "weights and log-probs are finite."
+                )
+            total = total + score
+        return total
 
     def fit(self, rollouts: Rollouts, real: Rollouts | None = None) -> bool:
         """Fit learned factors and, jointly, the moments' lambdas; raises `version` and returns True if P changed.
 
         The first call (a pool from the reference) always fits the moments. Later rollouts join a window of recent
         samples, weighted towards the target, and lambda is fitted again whenever the window's effective sample size has
-        doubled: rare constraints leave few samples of the reference, but the trained policy gives many.
+        doubled: rare constraints leave few samples of the reference, but the trained policy gives many
+        (`hf_gdc.moment_window`).
+
+        Raises:
+            ValueError: the moments can't be met, or the first pool has next to no effective samples.
         """
         changed = any([factor.fit(rollouts, real) for factor, _ in self.terms if not factor.log_linear])
         if self.moments:
@@ -174,23 +209,13 @@ class Target(Factor):
         log_w = self._sum(rollouts, rest) - rollouts.sampler_logp_B
         phi = torch.stack([moment.feature(rollouts) for moment in self.moments], 1)
         gather = self._context.gather
-        phi, log_w, key = gather(phi), gather(log_w), gather(rollouts.prompt_key_B)
-        self._window.append((phi, _by_batch(log_w, key), key))
-        self.fit_window = self.fit_window or len(phi)
-        while sum(len(part[0]) for part in self._window[1:]) >= self.fit_window:
-            self._window.pop(0)
-        phi, log_w, key = (torch.cat(parts) for parts in zip(*self._window, strict=True))
-        lam = torch.tensor([moment.lam for moment in self.moments], dtype=torch.float64)
-        if self.ess > 0:
-            alive = log_w > -torch.inf
-            keys, group = torch.unique(key[alive], return_inverse=True)
-            if weighted_stats(lam, phi[alive], log_w[alive], group, len(keys))[3] < 2 * self.ess:
-                return False
-        wanted = torch.tensor([moment.mean for moment in self.moments], dtype=torch.float64)
-        fit = fit_moments(phi, log_w, wanted, key, lam, [moment.feature.name for moment in self.moments])
-        for moment, value in zip(self.moments, fit.lam.tolist(), strict=True):
-            moment.lam = value
-        self.ess = fit.ess
+        groups = torch.stack([moment.group_keys(rollouts, gather) for moment in self.moments], 1)
+        self._window.add(gather(phi), gather(log_w), gather(rollouts.prompt_key_B), gather(groups))
+        solved = self._window.fit([moment.multipliers for moment in self.moments])
+        if solved is None:
+            return False
+        for moment, (keys, lam, fitted) in zip(self.moments, solved, strict=True):
+            moment.assign(keys, lam, fitted)
         return True
 
     def report(
@@ -198,9 +223,10 @@ class Target(Factor):
     ) -> dict[str, float]:
         """What to know before a long run, from samples of the reference (drawn, or given as `rollouts`).
 
-        Returns each feature's mean under the reference (`base/NAME`), the fitted `lambda/NAME`, `log_z` with its standard
-        error, `in_support` (share of samples with P > 0), `kl_target_reference` (how far p is from a, in nats), `ess` and
-        `prompts_without_support`. Fits the moments if that has not been done.
+        Returns each feature's mean under the reference (`base/NAME`), the fitted `lambda/NAME` (where a moment has groups of
+        prompts, both for the 20 largest, as `NAME[group]`), `log_z` with its standard error, `in_support` (share of samples
+        with P > 0), `kl_target_reference` (how far p is from a, in nats), `ess` and `prompts_without_support`. Fits the
+        moments if that has not been done.
         """
         if rollouts is None:
             each = max(1, num_samples // len(prompts))
@@ -215,28 +241,30 @@ class Target(Factor):
         distance, _ = estimate.divergence(get_divergence("kl"))  # with the reference in the policy's place
         named = {feature.name: feature(rollouts, allow_none=True) for feature in self._features()}
         numbers = {f"base/{name}": float(gather(values).nanmean()) for name, values in named.items()}
-        numbers |= {f"lambda/{moment.feature.name}": moment.lam for moment in self.moments}
+        for moment in self.moments:
+            if moment.per is None:
+                numbers[f"lambda/{moment.feature.name}"] = moment.lam
+            else:
+                numbers |= moment.report(rollouts, gather)
         numbers |= {"log_z": log_z, "log_z_stderr": stderr, "in_support": float(estimate.in_support_G.mean())}
         numbers |= {"kl_target_reference": distance, "ess": estimate.ess}
         return numbers | {"prompts_without_support": float(estimate.unknown)}
 
     def formula(self) -> str:
         parts = [factor.formula() + (f"^{weight:g}" if weight != 1.0 else "") for factor, weight in self.terms]
-        wanted = [f"E[{moment.feature.name}] = {moment.mean:g}" for moment in self.moments]
+        wanted = [moment.wanted() for moment in self.moments]
         return "P(x) = " + " * ".join(parts) + (f"   with {', '.join(wanted)}" if wanted else "")
 
     def state_dict(self) -> dict:
         return {
             "version": self.version,
-            "ess": self.ess,
-            "fit_window": self.fit_window,
-            "window": list(self._window),
+            "window": self._window.state_dict(),
             "factors": [factor.state_dict() for factor, _ in self.terms],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.version, self.ess, self.fit_window = state["version"], state["ess"], state["fit_window"]
-        self._window = [tuple(part) for part in state["window"]]
+        self.version = state["version"]
+        self._window.load_state_dict(state["window"])
         for (factor, _), own in zip(self.terms, state["factors"], strict=True):
             factor.load_state_dict(own)
 
@@ -285,7 +313,7 @@ class Target(Factor):
             factor.load_state_dict(row["state"])
             terms.append((factor, row["power"]))
         target = cls(terms)
-        target.ess = content["ess"]
+        target._window.ess = content["ess"]
         return target
 
 
@@ -298,14 +326,3 @@ def _map_files(arguments: dict, change: Callable[[Path], str]) -> dict:
 
     spelt = {"feature": mapped, "reward_funcs": lambda specs: [mapped(spec) for spec in specs]}
     return {key: spelt[key](value) if key in spelt else value for key, value in arguments.items()}
-
-
-def _by_batch(log_w: Tensor, key: Tensor) -> Tensor:
-    """Log weights of one batch, self-normalised per prompt and scaled by their effective sample size.
-
-    Batches of one window come from different policies; this weighs each by about the inverse of its variance.
-    """
-    keys, group = torch.unique(key, return_inverse=True)
-    total = group_logsumexp(log_w, group, len(keys))
-    log_ess = 2 * total - group_logsumexp(2 * log_w, group, len(keys))
-    return torch.where(log_w > -torch.inf, log_w + (log_ess - total)[group], -torch.inf)

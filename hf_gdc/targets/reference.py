@@ -1,5 +1,7 @@
 """The factors a(x) and q(x): the frozen start of the policy, and the sampler itself."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,10 +17,12 @@ class Reference(Factor):
     Args:
         model: None for what the policy was before training (under PEFT the model with its adapter off); a model or a Hub
             id for another one with the same tokenizer.
+        batch_size: completions that such a model scores at a time. Without one, the trainer's own batches apply.
     """
 
-    def __init__(self, model: PreTrainedModel | str | None = None):
+    def __init__(self, model: PreTrainedModel | str | None = None, batch_size: int = 64):
         self.model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        self.batch_size = batch_size
         self._scorer = None if self.model is None else Scorer(self.model.eval())
 
     def bind(self, context: Context) -> None:
@@ -34,11 +38,17 @@ class Reference(Factor):
         key = f"log-prob of {id(self)}"
         if key not in rollouts.scores:
             self.model.to(rollouts.completion_ids_BT.device)
-            rollouts.scores[key] = self._scorer.rollouts(rollouts).logp_B.cpu().double()
+            logp_B = torch.zeros(len(rollouts), dtype=torch.float64)
+            for part in torch.arange(len(rollouts)).split(self.batch_size) if len(rollouts) else ():
+                logp_B[part] = self._scorer.rollouts(rollouts.select(part)).logp_B.cpu().double()
+            rollouts.scores[key] = logp_B
         return rollouts.scores[key]
 
     def formula(self) -> str:
-        return "a(x)"
+        if self.model is None:
+            return "a(x)"
+        name = Path(self.model.config._name_or_path).name  # without its owner or folder, which may move
+        return f"a_{name or type(self.model).__name__}(x)"
 
     def to_dict(self) -> dict:
         if self.model is None:

@@ -21,9 +21,10 @@ class Reward(Factor):
         reward_funcs: one reward function, or several, as TRL takes them; a function may return None for "not applicable".
         beta: the temperature, > 0, as in TRL: small beta weighs the reward more against staying near the reference.
         reward_weights: a weight for each function; default 1.
+        names: what the functions are called in logs; default their own names.
 
     Raises:
-        ValueError: beta <= 0, or weights that don't match the functions.
+        ValueError: beta <= 0, or weights or names that don't match the functions.
     """
 
     def __init__(
@@ -31,9 +32,13 @@ class Reward(Factor):
         reward_funcs: "str | Callable | Sequence[str | Callable]",
         beta: float,
         reward_weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ):
         listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.features, self.beta = [Feature(function) for function in listed], float(beta)
+        if names is not None and len(names) != len(listed):
+            raise ValueError(f"{len(listed)} reward functions need as many names, not {len(names)}.")
+        named = zip(listed, names or [None] * len(listed), strict=True)
+        self.features, self.beta = [Feature(function, name) for function, name in named], float(beta)
         self.weights = [1.0] * len(listed) if reward_weights is None else [float(w) for w in reward_weights]
         if not self.beta > 0:
             raise ValueError(f"Reward's beta must be positive, but is {beta!r}; use a small one for a strong reward.")
@@ -62,4 +67,5 @@ class Reward(Factor):
                 f"rewards {', '.join(missing)} can't be saved: give them as 'my_rewards.py:function' or from a module."
             )
         specs = [feature.spec for feature in self.features]
-        return {"reward_funcs": specs, "beta": self.beta, "reward_weights": self.weights}
+        names = [feature.name for feature in self.features]  # files move when a target is saved, names stay
+        return {"reward_funcs": specs, "beta": self.beta, "reward_weights": self.weights, "names": names}

@@ -25,9 +25,10 @@ from ..checkpoints import SafeCheckpoints
 from ..divergences import Divergence
 from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated, rollout_metrics
 from ..loading import disable_dropout, load_policy, load_tokenizer
-from ..mixture import DefensiveMixture
 from ..partition import Partition, leave_one_out_baseline
+from ..pools import ReferencePools
 from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream
+from ..replay import Replay
 from ..reporting import Averages, length_metrics, log_samples
 from ..rollouts import Rollouts
 from ..sampling import TransformersSampler
@@ -69,6 +70,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
     ):
+        set_seed(args.seed)  # the first weights of an adapter are random
         model = load_policy(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model)
         sampler = TransformersSampler.from_options(tokenizer, model, args)
@@ -78,16 +80,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
             train_dataset = _empty_prompts(args)
             eval_dataset = EmptyPrompts(1) if eval_dataset is None else eval_dataset
         else:
-            if args.reference_replay:
-                raise ValueError(
-                    "reference_replay is for the empty prompt: leave it 0 with a train_dataset of prompts."
-                )
-            first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
-            if args.generation_batch_size % args.num_generations:
-                raise ValueError(
-                    f"per_device_train_batch_size * steps_per_generation = {args.generation_batch_size} must be a multiple of "
-                    f"num_generations = {args.num_generations}, so that no prompt's group is split over processes."
-                )
+            _check_groups(args, train_dataset)
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # rows are not tensors: each process reads the stream
         super().__init__(
@@ -118,8 +111,10 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self._micro_steps = 0  # taken with the current rollouts
         self._buffer: list[Rollouts] = []
         self._last_rollouts: Rollouts | None = None
-        self._pools: dict[tuple, Rollouts] = {}
-        self._mixture: DefensiveMixture | None = None
+        self.reference_pools = ReferencePools(self.actors)
+        self.replay = None
+        if args.replay_samples:
+            self.replay = Replay(self.target, self.actors, args.replay_samples, args.replay_window)
 
     # ---- what a method gives ----
 
@@ -164,12 +159,13 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         if not self._fitted:
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
-        in_support_B = self.target.log_score(rollouts) > -torch.inf  # computes the features, once
+        self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
         self.target.fit(rollouts)  # on fresh samples alone: the replayed ones are few and come again and again
-        if self.args.reference_replay:
-            rollouts = self._reference_mixture().join(rollouts, in_support_B)
+        if self.replay is not None:
+            fresh, rollouts = rollouts, self.replay.join(rollouts)
+            self.replay.add(fresh)
         scored_N, log_z_N = self.weigh(rollouts)
         metrics |= rollout_metrics(scored_N, log_z_N, self.partition)
         self._averages.add(metrics, samples=len(rows) * self.args.world_size)
@@ -217,10 +213,14 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self._fitted = True
         if not self.args.fit_samples:
             return
-        each = 1 if isinstance(self.train_dataset, EmptyPrompts) else max(self.args.num_generations, 16)
-        rows = first_rows(self.train_dataset, max(1, self.args.fit_samples // each))
-        pool = self._reference_pool(rows, self.args.fit_samples)
+        empty, each = isinstance(self.train_dataset, EmptyPrompts), max(self.args.num_generations, 16)
+        rows = first_rows(self.train_dataset, 1 if empty else max(1, self.args.fit_samples // each))
+        samples, support = self.args.fit_samples, self.args.fit_support
+        most = self.args.max_fit_samples or 100 * samples
+        pool = self.reference_pools.at_least(rows, samples, self.target.log_score, support, most)
         self.target.fit(pool)
+        if self.replay is not None:
+            self.replay.add(pool, shared=True)
         scored_N = self._gather_scored(pool)
         log_w_N = scored_N.log_score - scored_N.sampler_logp
         self.partition.update(scored_N.prompt_key, log_w_N, self.target.version)
@@ -232,20 +232,6 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
 
     def _sample_reference(self, prompts: Sequence) -> Rollouts:
         return self.actors.draw([{"prompt": prompt} for prompt in prompts], from_reference=True)
-
-    def _reference_pool(self, rows: Sequence[dict], total: int) -> Rollouts:
-        """About `total` cached samples of the reference for these rows, shared by the processes."""
-        key = (total, *(repr(row["prompt"]) for row in rows))
-        if key not in self._pools:
-            self._pools[key] = self.actors.draw(repeated(rows, total), from_reference=True)
-        return self._pools[key]
-
-    def _reference_mixture(self) -> DefensiveMixture:
-        if self._mixture is None:
-            pool = self._reference_pool([{"prompt": ""}], self.args.fit_samples)
-            in_support_B = self.target.log_score(pool) > -torch.inf
-            self._mixture = DefensiveMixture(pool, in_support_B, self.args.reference_replay, self.actors)
-        return self._mixture
 
     def _refuse_empty_support(self) -> None:
         hard = [factor.formula() for factor, _ in self.target.terms if factor.hard]
@@ -277,7 +263,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         rows = first_rows(dataset, 1 if isinstance(dataset, EmptyPrompts) else self.args.eval_samples)
         if not self._fitted:
             self._fit_on_reference()
-        reference = self._reference_pool(rows, self.args.reference_samples)
+        reference = self.reference_pools.get(rows, self.args.reference_samples)
         policy = self.actors.draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
         alive = (self.target.log_score(reference) > -torch.inf).nonzero().flatten()
         policy_logp = torch.zeros(len(reference), dtype=torch.float64)
@@ -337,6 +323,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
             "buffer": [part.state_dict() for part in self._buffer],
             "partition": self.partition.state_dict(),
             "target": self.target.state_dict(),
+            "replay": None if self.replay is None else self.replay.state_dict(),
         }
 
     def load_process_state(self, state: dict) -> None:
@@ -344,6 +331,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self._buffer = [Rollouts(**part).tokens_to(self.args.device) for part in state["buffer"]]
         self.partition.load_state_dict(state["partition"])
         self.target.load_state_dict(state["target"])
+        if self.replay is not None:
+            self.replay.load_state_dict(state["replay"])
 
 
 def _empty_prompts(args: PolicyGradientConfig) -> EmptyPrompts:
@@ -352,3 +341,18 @@ def _empty_prompts(args: PolicyGradientConfig) -> EmptyPrompts:
         raise ValueError("without a train_dataset the prompts are empty and the run has no length: set max_steps.")
     sets = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
     return EmptyPrompts(sets * args.generation_batch_size * args.world_size)
+
+
+def _check_groups(args: PolicyGradientConfig, train_dataset) -> None:
+    first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
+    if args.generation_batch_size % args.num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size * steps_per_generation = {args.generation_batch_size} must be a multiple of "
+            f"num_generations = {args.num_generations}, so that no prompt's group is split over processes."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if args.replay_samples % prompts:
+        raise ValueError(
+            f"replay_samples = {args.replay_samples} must be a multiple of the {prompts} prompts in a process's set "
+            "of rollouts (per_device_train_batch_size * steps_per_generation / num_generations)."
+        )
