@@ -87,6 +87,12 @@ class Actors:
                 rollouts.scores["reference_logp"] = self._score(self._reference_scorer, rollouts)
         return rollouts.scores["reference_logp"]
 
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers of the policy and the reference, those that both use once."""
+        models = (self.scorer.model, self._reference_scorer.model)
+        found = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+        return list(found.values())
+
     def gather(self, tensor: Tensor) -> Tensor:
         """A CPU tensor joined over processes, in the order of their ranks."""
         if self.accelerator.num_processes == 1:

@@ -5,12 +5,14 @@ Left out: saving (transformers' own).
 
 import copy
 
+import torch
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
-from .trl_compat import prepare_deepspeed, prepare_fsdp
+from .trl_compat import ModelConfig, get_peft_config, prepare_deepspeed, prepare_fsdp
 
 
 def load_policy(
@@ -18,21 +20,85 @@ def load_policy(
 ) -> "PreTrainedModel | PeftModel":
     """The policy: loaded if given by name, wrapped in an adapter if `peft_config` says so.
 
+    A saved adapter, given by name, is trained further: the reference stays the model under it.
+
     Raises:
-        ValueError: options for loading beside a loaded model, or an adapter kind that has no place in the weights.
+        ValueError: options for loading beside a loaded model, nothing to train, or an adapter that can't be switched off
+            to give the reference.
     """
+    options = model_init_kwargs or {}
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
+        at = {name: options[name] for name in ("revision", "token", "subfolder", "cache_dir") if name in options}
+        if find_adapter_config_file(model, **at) is not None:
+            model = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
     elif model_init_kwargs:
         raise ValueError("model_init_kwargs apply when the model is given by name, but a loaded model was passed.")
     if peft_config is not None:
-        model = get_peft_model(model, peft_config)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        model = _with_adapter(model, peft_config, options.get("revision"))
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            _check_kind(config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{model.active_peft_config.peft_type.value} adds virtual tokens to the prompt, which this trainer does not "
-            "support; use an adapter inside the weights, such as LoraConfig."
+            "no parameter of the model is trainable. An adapter is loaded for training by "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
         )
     return model
+
+
+def _with_adapter(model: "PreTrainedModel | PeftModel", config: PeftConfig, revision: str | None) -> PeftModel:
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has an adapter already: pass no peft_config to train it, or merge it first.")
+    _check_kind(config)
+    before = _some_logits(model)
+    model = get_peft_model(model, config, revision=revision)
+    with model.disable_adapter():
+        unchanged = torch.equal(before, _some_logits(model))
+    if not unchanged:
+        raise ValueError(
+            f"this {type(config).__name__} changes the model under the adapter, which would no longer be the reference "
+            "(PiSSA, OLoRA and LoftQ do, and layer_replication). Leave init_lora_weights at its default."
+        )
+    return model
+
+
+def _check_kind(config: PeftConfig) -> None:
+    """Refuse adapters that don't leave the model under them as it is."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{config.peft_type.value} adds virtual tokens to the prompt, which this trainer does not "
+            "support; use an adapter inside the weights, such as LoraConfig."
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"bias={bias!r} trains biases of the model itself, and the reference, the model with its adapter off, would "
+            "move with them: set bias='none'."
+        )
+
+
+@torch.no_grad()
+def _some_logits(model: nn.Module) -> Tensor:
+    training = model.training
+    model.eval()
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(4, device=embedding.device)[None] % embedding.shape[0]
+    logits = model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return logits
+
+
+def adapter_config(options: ModelConfig) -> PeftConfig | None:
+    """The adapter that TRL's options ask for, or None without `use_peft`.
+
+    TRL hands on a single `lora_target_modules` as a pattern for whole paths; here a plain name means modules of that name.
+    """
+    config = get_peft_config(options)
+    if config is not None and isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def load_tokenizer(

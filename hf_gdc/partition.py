@@ -154,7 +154,7 @@ class DivergenceEstimator:
         D_f(pi || p) = E_m[w f(t)] + f'(inf) * pi(p = 0),     t = pi Z / P,   f gauged so that f >= 0.
 
     Where f'(inf) is infinite, the divergence is that of the policy restricted to the support, KL(pi(. | S) || p) and so
-    on: report it beside the share in support.
+    on, over the prompts where the policy has a sample there: report it beside the share in support.
 
     Args:
         log_p_B: log P(x), unnormalised; -inf outside of the support.
@@ -197,17 +197,17 @@ class DivergenceEstimator:
     def _mean(self, x_B: Tensor) -> Tensor:
         return group_sum(x_B, self.group_B, self.groups) / self.count_G
 
-    def _stderr(self, influence_B: Tensor) -> float:
-        """Of the mean over known prompts, from each sample's influence on its prompt's estimate."""
+    def _stderr(self, influence_B: Tensor, known_G: Tensor) -> float:
+        """Of the mean over these prompts, from each sample's influence on its prompt's estimate."""
         variance_G = self._mean(influence_B**2) / self.count_G
-        known = int(self.known_G.sum())
-        return float(variance_G[self.known_G].sum().sqrt()) / known if known else math.inf
+        return float(variance_G[known_G].sum().sqrt()) / int(known_G.sum())
 
     def divergence(self, divergence) -> tuple[float, float]:
         """Mean over prompts of D_f(pi || p) and its standard error; (nan, inf) when no prompt has a sample in p."""
-        if not bool(self.known_G.any()):
-            return math.nan, math.inf
         restricted, share_G, log_t_B = not divergence.admits_hard_constraints, self.in_support_G, self.log_t_B
+        known_G = self.known_G & (share_G > 0) if restricted else self.known_G  # nothing of the policy to restrict
+        if not bool(known_G.any()):
+            return math.nan, math.inf
         if restricted:
             log_t_B = log_t_B - share_G.clamp_min(1e-300).log()[self.group_B]
         f_prime_inf = 0.0 if restricted else divergence.f_prime_inf
@@ -221,8 +221,8 @@ class DivergenceEstimator:
         by_share_G = -self._mean(self.w_B * t_f_prime_B) / share_G.clamp_min(1e-300) if restricted else -f_prime_inf
         share_B = self.own_B * (self.alive_B.double() - share_G[self.group_B])
         influence_B += (by_share_G[self.group_B] if restricted else by_share_G) * share_B
-        total_G = (value_G + f_prime_inf * (1 - share_G))[self.known_G]
-        return float(total_G.mean()), self._stderr(influence_B)
+        total_G = (value_G + f_prime_inf * (1 - share_G))[known_G]
+        return float(total_G.mean()), self._stderr(influence_B, known_G)
 
     @property
     def ess(self) -> float:
@@ -234,4 +234,4 @@ class DivergenceEstimator:
         """Mean of log Z over the known prompts and its standard error."""
         if not bool(self.known_G.any()):
             return -math.inf, math.inf
-        return float(self.log_z_G[self.known_G].mean()), self._stderr(self.w_B - 1)
+        return float(self.log_z_G[self.known_G].mean()), self._stderr(self.w_B - 1, self.known_G)

@@ -261,3 +261,14 @@ def test_a_dropped_mode_is_seen_by_the_pool_alone():
     policy = scored(points, logp, logp, log_a, log_p)
     pooled = pooled_metrics(policy, scored(draw(log_a, 20_000, 1), log_a, logp, log_a, log_p))
     assert abs(pooled["kl_target_policy"] - truth) < 4 * pooled["kl_target_policy_stderr"] < 0.05 * truth
+
+
+def test_a_prompt_whose_policy_has_left_the_support_does_not_spoil_the_others():
+    """Restricted divergences are over the prompts where the policy has a sample in the support."""
+    log_p = torch.tensor([0.0, 0.0, 0.0, 0.0, -math.inf], dtype=torch.float64)
+    logp = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64).log()
+    own = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64)  # prompt 1: only the reference is in the support
+    group = torch.tensor([0, 0, 1, 1, 1])
+    estimate = DivergenceEstimator(log_p, logp, logp, group, 2, own)
+    assert estimate.divergence(get_divergence("reverse_kl"))[0] == pytest.approx(0.0, abs=1e-12)
+    assert estimate.divergence(get_divergence("js"))[0] > 0.1

@@ -50,7 +50,8 @@ class Watch(TrainerCallback):
         self.race = race
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.fit_samples = self.race.samples - state.global_step * args.generation_batch_size
+        sets = -(-state.global_step // args.num_iterations)
+        self.fit_samples = self.race.samples - sets * args.generation_batch_size
         if self.race.look(model):
             control.should_training_stop = True
 
