@@ -94,7 +94,9 @@ class PolicyGradientConfig(TrainingArguments):
     )
     fit_support: int = field(
         default=0,
-        metadata={"help": "Draw more, fit_samples at a time, until so many lie in the target's support: for rare ones."},
+        metadata={
+            "help": "Draw more, fit_samples at a time, until so many lie in the target's support: for rare ones."
+        },
     )
     max_fit_samples: int | None = field(
         default=None, metadata={"help": "The most samples to draw for fit_support. Default: 100 times fit_samples."}
@@ -102,8 +104,8 @@ class PolicyGradientConfig(TrainingArguments):
     replay_samples: int = field(
         default=0,
         metadata={
-            "help": "So many weighted samples of the target, from the fit_samples and earlier steps, join every set of rollouts "
-            "of a process as a defensive mixture: rare modes stay in sight. Without warped sampling."
+            "help": "So many weighted samples of the target, from the fit_samples and earlier steps, join every set of "
+            "rollouts of a process as a defensive mixture: rare modes stay in sight. Without warped sampling."
         },
     )
     replay_window: int = field(

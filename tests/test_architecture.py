@@ -44,7 +44,13 @@ def test_imports_go_down(path):
     for module in imported(path):
         room = module.split(".")[0]
         assert room in FLOOR, f"{module} is on no floor"
-        if own[-1] == "__init__" and room == own[0] or module in SIDEWAYS or own[0] == room and room in ("models", "metrics"):
+        if (
+            own[-1] == "__init__"
+            and room == own[0]
+            or module in SIDEWAYS
+            or own[0] == room
+            and room in ("models", "metrics")
+        ):
             continue
         if FLOOR[own[0]] == FLOOR[room] == 1 and own[0] != room:
             continue  # helpers of floor 1 may use each other, without cycles (below)
