@@ -9,10 +9,22 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hf_gdc"
 FLOORS = [
-    ["divergences", "moments", "objectives", "partition", "scoring", "stories", "muon", "trl_compat", "models"],
+    [
+        "acceptance",
+        "custom_generate",
+        "divergences",
+        "moments",
+        "objectives",
+        "partition",
+        "scoring",
+        "stories",
+        "muon",
+        "trl_compat",
+        "models",
+    ],
     ["arguments", "actors", "checkpoints", "data", "encoding", "evaluation", "features", "hub", "loading", "metrics"]
     + ["pools", "moment_window", "ready_features", "prompt_order", "reporting", "rollouts", "sampling", "scorers"],
-    ["targets", "replay"],
+    ["targets", "replay", "quasi_rejection"],
     ["trainers"],
     ["cli"],
 ]

@@ -43,9 +43,7 @@ def test_weights_are_unbiased_and_bounded(tmp_path):
     z = float(trainer.target.log_score(every).exp().sum())
     assert policy_weight.max() <= 6144 / 4096 + 1e-9
     assert target_weight.max() <= log_z.exp() * 6144 / 2048 + 1e-9
-    pool_error = 1 / math.sqrt(
-        trainer.target.log_score(trainer.reference_pools.get([{"prompt": ""}], 8192)).exp().sum() + 1
-    )
+    pool_error = 1 / math.sqrt(len(trainer.replay.weighted()[0]))
     for weight, mean in ((policy_weight, 1.0), (target_weight, z)):
         error = float(weight.std()) / math.sqrt(len(weight)) + pool_error * mean * 2048 / 6144
         assert abs(float(weight.mean()) - mean) < 4 * error
@@ -149,6 +147,23 @@ def test_the_reference_is_sampled_until_enough_satisfy_the_constraint(tmp_path):
     capped = make(tmp_path / "capped", **options | {"max_fit_samples": 128})
     capped._fit_on_reference()
     assert capped.partition.samples == 128
+
+
+def test_what_judges_is_not_what_was_trained_on(tmp_path, monkeypatch):
+    """No draw of the reference for the fit, replay included, has the random numbers of one for `evaluate`."""
+    trainer = make(tmp_path, fit_samples=64, fit_support=20, reference_samples=64, eval_samples=64)
+    seen, draw = [], trainer.actors.draw
+
+    def watched(rows, from_reference, salt=0):
+        seen.append((from_reference, salt))
+        return draw(rows, from_reference, salt)
+
+    monkeypatch.setattr(trainer.actors, "draw", watched)
+    trainer._fit_on_reference()
+    fitting = set(seen)
+    seen.clear()
+    trainer.evaluate()
+    assert fitting and seen and not fitting & set(seen)
 
 
 def test_refusals(tmp_path):

@@ -217,7 +217,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         rows = first_rows(self.train_dataset, 1 if empty else max(1, self.args.fit_samples // each))
         samples, support = self.args.fit_samples, self.args.fit_support
         most = self.args.max_fit_samples or 100 * samples
-        pool = self.reference_pools.at_least(rows, samples, self.target.log_score, support, most)
+        pool = self.reference_pools.fitting(rows, samples, self.target.log_score, support, most)
         self.target.fit(pool)
         if self.replay is not None:
             self.replay.add(pool, shared=True)
@@ -263,7 +263,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         rows = first_rows(dataset, 1 if isinstance(dataset, EmptyPrompts) else self.args.eval_samples)
         if not self._fitted:
             self._fit_on_reference()
-        reference = self.reference_pools.get(rows, self.args.reference_samples)
+        reference = self.reference_pools.judging(rows, self.args.reference_samples)
         policy = self.actors.draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
         alive = (self.target.log_score(reference) > -torch.inf).nonzero().flatten()
         policy_logp = torch.zeros(len(reference), dtype=torch.float64)
