@@ -3,9 +3,9 @@
     python recipes/benchmarks/conditional.py
 
 A language of 5 tokens and length 4 has 341 completions, so KL(p_c || pi_c) is exact. The constraint is that a completion has
-two b's in a row; eight prompts are picked whose Z_c lie evenly (in log) between the largest and a hundredth of it. Both sides
-train alike but for the partition (Korbak et al. 2021, arXiv 2112.00791, compare the same). The last line is JSON, also written
-to outputs/benchmarks/conditional.json.
+a d; eight prompts are picked whose Z_c lie evenly (in log) between the largest and a hundredth of it. Both sides train alike
+but for the partition (Korbak et al. 2021, arXiv 2112.00791, compare the same). The last line is JSON, also written to
+outputs/benchmarks/conditional.json.
 """
 
 import argparse
@@ -41,8 +41,8 @@ class GlobalPartition(Partition):
         return super().log_z_stderr(torch.zeros_like(key_B))
 
 
-def two_bs(completion_ids, **_) -> list[float]:
-    return [float((2, 2) in itertools.pairwise(ids)) for ids in completion_ids]
+def has_d(completion_ids, **_) -> list[float]:
+    return [float(4 in ids) for ids in completion_ids]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,12 +52,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> SmallGPTForCausalLM:
-    torch.manual_seed(0)
+    torch.manual_seed(3)  # of 24 tried: with Z of some prompts near 1, of others near 0.01
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     model = SmallGPTForCausalLM(SmallGPTConfig(vocab_size=5, tie_word_embeddings=False, **size, **ids))
     with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.5)  # far from uniform
+        model.lm_head.weight.normal_(0, 0.6)  # far from uniform
     return model
 
 
@@ -78,7 +78,7 @@ def log_probs(model, prompt: list[int]) -> torch.Tensor:
 
 def pick_prompts(model) -> tuple[list[str], list[float]]:
     """Prompts of three tokens whose log Z are nearest to an even spread over two decades below the largest."""
-    inside = torch.tensor(two_bs(completions())) == 1
+    inside = torch.tensor(has_d(completions())) == 1
     z = {
         ids: float(log_probs(model, list(ids)).exp()[inside].sum()) for ids in itertools.product(range(1, 5), repeat=3)
     }
@@ -91,7 +91,7 @@ def pick_prompts(model) -> tuple[list[str], list[float]]:
 
 def mean_kl(model, reference, prompts: list[str]) -> float:
     """Exact mean over prompts of KL(p_c || pi_c)."""
-    inside = torch.tensor(two_bs(completions())) == 1
+    inside = torch.tensor(has_d(completions())) == 1
     total = 0.0
     for prompt in prompts:
         ids = [WORDS.index(word) for word in prompt.split()]
@@ -122,7 +122,7 @@ def train(divergence: str, one_z: bool, prompts: list[str], seed: int, options: 
             logging_steps=options.steps,
         )
         dataset = Dataset.from_dict({"prompt": prompts * 4})
-        target = Reference() * Pointwise(two_bs)
+        target = Reference() * Pointwise(has_d)
         trainer = GDCTrainer(model, target, args=args, train_dataset=dataset, processing_class=make_tokenizer())
         if one_z:
             trainer.partition = GlobalPartition()
