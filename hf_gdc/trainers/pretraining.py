@@ -257,4 +257,5 @@ def pretrain(
     metrics = trainer.evaluate()
     folder = Path(args.output_dir) / "model"
     trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()  # the first process writes; all may load
     return folder, metrics

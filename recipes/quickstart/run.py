@@ -53,11 +53,13 @@ def pretrain_base(options: QuickstartArguments, args: GDCConfig) -> Path:
                 "num_hidden_layers": options.num_hidden_layers,
                 "num_attention_heads": 4,
                 "max_position_embeddings": 64,
+                "tie_word_embeddings": False,
             },
         ),
         PretrainConfig(
             output_dir=f"{args.output_dir}/pretrain",
             learning_rate=options.pretrain_learning_rate,
+            per_device_train_batch_size=64 // args.world_size,
             use_cpu=args.use_cpu,
             seed=args.seed,
             save_strategy="no",
