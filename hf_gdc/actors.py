@@ -125,8 +125,10 @@ class Actors:
 
     @torch.no_grad()
     def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
+        if not len(rollouts):
+            return torch.zeros(0, dtype=torch.float64)
         parts = torch.arange(len(rollouts)).split(self.batch_size)
         chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
         with evaluating(scorer.model):
             outs = [scorer.rollouts(part.tokens_to(self.accelerator.device)).logp_B.cpu().double() for part in chosen]
-        return torch.cat(outs) if outs else torch.zeros(0, dtype=torch.float64)
+        return torch.cat(outs)

@@ -120,7 +120,7 @@ def training_options(name: str, target: str) -> dict:
     if target in tiny.SOFT:
         return {"max_steps": 120, "per_device_train_batch_size": 256, "learning_rate": 5e-3}
     if name == "tv":
-        long = {"max_steps": 800, "per_device_train_batch_size": 128, "adam_beta1": 0.97}
+        long = {"max_steps": 1000, "per_device_train_batch_size": 128, "adam_beta1": 0.97}
         return long | {"learning_rate": 2e-2}
     return {"max_steps": 180, "per_device_train_batch_size": 256, "learning_rate": 2e-2}
 

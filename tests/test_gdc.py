@@ -180,7 +180,7 @@ def test_completions_are_printed_and_written(tmp_path, capsys):
 def test_the_moment_is_met_and_refitted(tmp_path):
     """With few samples at the start lambda is off; refits on the trained policy's samples bring it to the exact one."""
     target = tiny.HARD["pointwise and moment"]()
-    options = small(max_steps=80, fit_samples=24, per_device_train_batch_size=256)
+    options = small(max_steps=80, fit_samples=48, per_device_train_batch_size=256)
     trainer = tiny.trainer(target, tmp_path, **options)
     trainer.train()
     assert trainer.target.version >= 3

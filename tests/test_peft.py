@@ -32,7 +32,7 @@ def lora(*modules: str, **options) -> LoraConfig:
 
 def train(output_dir, lm, peft_config=None, resume=None, callback=None, target=None, **options) -> GDCTrainer:
     """A run of a few steps on prompts; returns its trainer."""
-    settings = {"max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 16, "fit_samples": 64}
+    settings = {"max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 16, "fit_samples": 256}
     settings |= {"max_completion_length": 3, "learning_rate": 1e-2, "logging_steps": 1000, "save_strategy": "no"}
     settings |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
     trainer = GDCTrainer(

@@ -42,9 +42,8 @@ def test_killed_and_resumed_is_bit_equal(kill_at, uninterrupted, tmp_path):
     assert_equal(torch.load(tmp_path / "end.pt"), uninterrupted)
 
 
-@pytest.mark.parametrize("prompts", [["empty_prompt=1"], []], ids=["empty prompt", "three prompts"])
-def test_resume_with_replay_is_bit_equal(prompts, tmp_path):
-    options = ["replay_samples=8", "replay_window=64", "fit_samples=64", "fit_support=60", *prompts]
+def test_resume_with_replay_is_bit_equal(tmp_path):
+    options = ["replay_samples=12", "replay_window=64", "fit_samples=64", "fit_support=60"]
     assert run(tmp_path / "whole", "fresh", 0, *options) == 0
     assert run(tmp_path / "cut", "fresh", 7, *options) == -9
     assert run(tmp_path / "cut", "resume", 0, *options) == 0

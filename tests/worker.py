@@ -24,9 +24,8 @@ def training(output_dir: str, resume: str, kill_at: str, *options: str) -> None:
     settings = {"max_steps": 12, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_steps": 5}
     settings |= {"save_strategy": "steps", "num_iterations": 2, "steps_per_generation": 2, "num_generations": 16}
     settings |= {name: int(value) for name, _, value in (option.partition("=") for option in options)}
-    prompts = None if settings.pop("empty_prompt", 0) else ["a", "b", "b a"]
     lm = tiny.model(0, 0.5, torch.float32)
-    trainer = tiny.trainer(tiny.HARD["pointwise and moment"](), output_dir, lm, prompts, **settings)
+    trainer = tiny.trainer(tiny.HARD["pointwise and moment"](), output_dir, lm, ["a", "b", "b a"], **settings)
     trainer.add_callback(Killer())
     trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
     if trainer.is_world_process_zero():
