@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 
-.PHONY: help quickstart test test-slow test-minimum lint format bench clean
+.PHONY: help quickstart test test-slow test-minimum lint format bench rare-pool rare clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -40,6 +40,12 @@ test-minimum: ## the tests with the oldest supported versions, in an environment
 
 bench: $(VENV)/installed ## the trainer's step against a bare loop
 	$(BIN)/python recipes/benchmarks/gdc_step.py
+
+rare-pool: $(VENV)/installed ## 2.4 million samples of the quickstart's base, to judge `make rare` by (about 40 minutes)
+	$(BIN)/python recipes/benchmarks/rare.py --pool
+
+rare: $(VENV)/installed ## a constraint that 1 of 10,000 samples of the quickstart's base satisfies
+	$(BIN)/python recipes/benchmarks/rare.py
 
 clean: ## remove environments and caches, not outputs
 	rm -rf .venv .venv-minimum build dist *.egg-info .pytest_cache .ruff_cache
