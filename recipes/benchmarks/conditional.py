@@ -133,8 +133,8 @@ def train(divergence: str, one_z: bool, prompts: list[str], seed: int, options: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--num_generations", type=int, default=32)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
