@@ -20,6 +20,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from .intervals import wilson_bound
+
 MIN_ESS = 30  # below this many effective samples, normal intervals mean nothing
 
 
@@ -126,7 +128,7 @@ class AcceptancePool:
         distance = float((p_B * log_w_B).mean()) - self.log_z
         distance_influence_B = p_B * (log_w_B - self.log_z - distance) - (p_B - 1)
         rate_stderr, tv_stderr = self._stderr(accepted_B - rate), self._stderr(tv_influence_B)
-        lower = min(rate - self.z * rate_stderr, wilson(min(rate, 1.0), self.policy_samples, -self.z))
+        lower = min(rate - self.z * rate_stderr, wilson_bound(min(rate, 1.0), self.policy_samples, -self.z))
         return AcceptanceEstimate(
             log_beta=log_beta,
             beta_over_z=math.exp(min(log_beta - self.log_z, 709.0)),
@@ -136,7 +138,7 @@ class AcceptancePool:
             tv=tv,
             tv_stderr=tv_stderr,
             # With few or no truncated samples the delta method sees no variance; a share of ess samples of p does.
-            tv_upper=min(1.0, max(tv + self.z * tv_stderr, wilson(tv, self.ess, self.z))),
+            tv_upper=min(1.0, max(tv + self.z * tv_stderr, wilson_bound(tv, self.ess, self.z))),
             kl=kl,
             kl_stderr=self._stderr(kl_influence_B),
             reverse_kl=reverse,
@@ -158,7 +160,7 @@ class AcceptancePool:
         """
         _check_open_unit("tv", tv)
         low, high = self._range()
-        needed = max(MIN_ESS, self.z**2 * (1 - tv) / tv)  # where wilson(0, ess, z) = tv
+        needed = max(MIN_ESS, self.z**2 * (1 - tv) / tv)  # where wilson_bound(0, ess, z) = tv
         self.require_ess(1.001 * needed, f"to certify TV <= {tv:g} with confidence {self.confidence:g}")
         return self._bisect(low, high, lambda log_beta: self.at(log_beta).tv_upper <= tv)
 
@@ -221,12 +223,6 @@ def check_log_score(log_score_B: Tensor) -> None:
             f"the target can't be normalised: log P is {float(log_score_B[bad][0])} for sample {int(bad.nonzero()[0])}. "
             "Rewards and features must be finite, and P at most a multiple of a distribution; check the factors one by one."
         )
-
-
-def wilson(share: float, n: float, z: float) -> float:
-    """Wilson's one-sided bound of a share seen in n samples: upper for positive z, lower for negative."""
-    centre = share + z * z / (2 * n)
-    return (centre + z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
 def _check_open_unit(name: str, value: float) -> None:

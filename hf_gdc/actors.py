@@ -100,11 +100,9 @@ class Actors:
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
     def _sample(self, sampler: TransformersSampler, model: nn.Module, rows: Sequence[dict]) -> Rollouts:
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         return sampler(
             model,
-            [row["prompt"] for row in rows],
-            columns,
+            *split_rows(rows),
             autocast=self.accelerator.autocast,
             synced=self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"),
         )
@@ -123,12 +121,24 @@ class Actors:
         with self._policy_active() as model, model.disable_adapter():
             yield model
 
-    @torch.no_grad()
     def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
-        if not len(rollouts):
-            return torch.zeros(0, dtype=torch.float64)
-        parts = torch.arange(len(rollouts)).split(self.batch_size)
-        chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
-        with evaluating(scorer.model):
-            outs = [scorer.rollouts(part.tokens_to(self.accelerator.device)).logp_B.cpu().double() for part in chosen]
-        return torch.cat(outs)
+        return score_in_parts(scorer, rollouts, self.batch_size, self.accelerator.device)
+
+
+@torch.no_grad()
+def score_in_parts(scorer: Scorer, rollouts: Rollouts, batch_size: int, device: torch.device) -> Tensor:
+    """(B,) log-probs in float64 on the CPU, `batch_size` completions at a time, with dropout off."""
+    if not len(rollouts):
+        return torch.zeros(0, dtype=torch.float64)
+    parts = torch.arange(len(rollouts)).split(batch_size)
+    chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
+    with evaluating(scorer.model):
+        return torch.cat([scorer.rollouts(part.tokens_to(device)).logp_B.cpu().double() for part in chosen])
+
+
+def split_rows(rows: Sequence) -> tuple[list, dict[str, list]]:
+    """Prompts and other columns of rows of a dataset; the rows may also be bare prompts, all of them."""
+    if not isinstance(rows[0], dict):
+        return list(rows), {}
+    names = [name for name in rows[0] if name != "prompt"]
+    return [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in names}

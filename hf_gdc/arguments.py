@@ -139,6 +139,9 @@ class PolicyGradientConfig(TrainingArguments):
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in ("fit_samples", "fit_support", "replay_samples", "replay_window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} can't be negative, but is {getattr(self, name)}.")
         warped = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty) != (
             1.0,
             0,

@@ -17,8 +17,9 @@ from string import Template
 
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
+from .actors import split_rows
 from .features import READY, Feature
-from .proposals import Proposal, split_rows
+from .proposals import Proposal
 
 GENERATE = '''"""Certified sampling: model.generate(..., custom_generate=THIS_FOLDER, trust_remote_code=True)."""
 

@@ -9,6 +9,9 @@ from itertools import islice
 import torch
 from datasets import IterableDataset
 
+from .arguments import PolicyGradientConfig
+from .evaluation import first_rows
+
 
 class EmptyPrompts(torch.utils.data.Dataset):
     """`num_rows` empty prompts: unconditional generation."""
@@ -106,3 +109,27 @@ class PromptStream(torch.utils.data.IterableDataset):
         while len(chunk) == self.prompts_per_batch:
             yield from _groups(chunk, self.repeats_per_prompt, self.batch_repeats)
             chunk = list(islice(rows, self.prompts_per_batch))
+
+
+def empty_prompts(args: PolicyGradientConfig) -> EmptyPrompts:
+    """As many empty prompts as the run takes, so that it is one epoch."""
+    if args.max_steps <= 0:
+        raise ValueError("without a train_dataset the prompts are empty and the run has no length: set max_steps.")
+    sets = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
+    return EmptyPrompts(sets * args.generation_batch_size * args.world_size)
+
+
+def check_groups(args: PolicyGradientConfig, train_dataset) -> None:
+    """Raise a ValueError for a dataset without prompts, or sizes that would split a prompt's group."""
+    first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
+    if args.generation_batch_size % args.num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size * steps_per_generation = {args.generation_batch_size} must be a multiple of "
+            f"num_generations = {args.num_generations}, so that no prompt's group is split over processes."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if args.replay_samples % prompts:
+        raise ValueError(
+            f"replay_samples = {args.replay_samples} must be a multiple of the {prompts} prompts in a process's set "
+            "of rollouts (per_device_train_batch_size * steps_per_generation / num_generations)."
+        )

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .acceptance import AcceptancePool
+from .actors import score_in_parts, split_rows
 from .loading import load_policy, load_tokenizer
 from .rollouts import Rollouts
-from .sampling import TransformersSampler, evaluating
+from .sampling import TransformersSampler
 from .scoring import Scorer
 
 
@@ -120,20 +121,8 @@ class Proposal:
     def _adapters(self, off: bool):
         return self.model.disable_adapter() if off and self.reference_kind == "adapter_off" else nullcontext()
 
-    @torch.no_grad()
     def _logp(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
-        device = next(scorer.model.parameters()).device
-        with evaluating(scorer.model):
-            parts = [rollouts.select(rows) for rows in torch.arange(len(rollouts)).split(self.batch_size)]
-            return torch.cat([scorer.rollouts(part.tokens_to(device)).logp_B.cpu().double() for part in parts])
-
-
-def split_rows(rows: Sequence) -> tuple[list, dict[str, list]]:
-    """Prompts and columns of prompts that may be rows of a dataset, all of them or none."""
-    if not isinstance(rows[0], dict):
-        return list(rows), {}
-    names = [name for name in rows[0] if name != "prompt"]
-    return [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in names}
+        return score_in_parts(scorer, rollouts, self.batch_size, next(scorer.model.parameters()).device)
 
 
 @torch.no_grad()

@@ -29,33 +29,37 @@ class Replay:
     """A set of weighted samples per prompt, and the mixture of fresh and replayed samples.
 
     Samples come in batches, each from one sampler. In a batch the weights P/q are normalised per prompt; batches are
-    weighed by their effective sample sizes. The first batch stays; later ones leave when there are more than `window`
-    samples of them.
+    weighed by their effective sample sizes. The batch of the fit stays; those of the policy leave when there are more
+    than `window` samples of them.
 
     Args:
         target, actors: of the run.
         size: k, the samples that join the rollouts of this process, divided evenly among its prompts.
-        window: the most samples of later batches.
+        window: the most samples of the policy's batches.
     """
 
     def __init__(self, target: Target, actors: Actors, size: int, window: int):
         self.target, self.actors, self.size, self.window = target, actors, size, window
         self._batches: list[tuple[Rollouts, Tensor]] = []  # samples in the support; how many were tried per prompt
+        self._fit_batches = 0  # at the front of them, 0 or 1
 
-    def add(self, rollouts: Rollouts, shared: bool = False) -> None:
-        """Add samples with their `sampler_logp_B`; `shared`: every process is to have those of all."""
+    def add(self, rollouts: Rollouts, from_fit: bool = False) -> None:
+        """Add samples with their `sampler_logp_B`; those of the fit stay, and every process has those of all."""
+        if not from_fit and not self.window:
+            return
         alive = (self.target.log_score(rollouts) > -math.inf).nonzero().flatten()
         keys, group, tried = torch.unique(rollouts.prompt_key_B, return_inverse=True, return_counts=True)
         kept, tried = rollouts.tokens_to("cpu").select(alive), tried[group][alive].double()
         kept = replace(kept, sampler_logps_BT=None, log_score_B=None, log_z_B=None, baseline_B=None)
         world = self.actors.accelerator.num_processes
-        if shared and world > 1:
+        if from_fit and world > 1:
             parts = gather_object([(kept.state_dict(), tried * world)])
             kept, tried = Rollouts.concatenate([Rollouts(**p) for p, _ in parts]), torch.cat([n for _, n in parts])
         if len(kept):
             self._batches.append((kept, tried))
-        while sum(len(batch) for batch, _ in self._batches[1:]) > self.window:
-            self._batches.pop(1)
+            self._fit_batches += from_fit
+        while sum(len(batch) for batch, _ in self._batches[self._fit_batches :]) > self.window:
+            self._batches.pop(self._fit_batches)
 
     def weighted(self) -> tuple[Rollouts, Tensor, Tensor, Tensor, Tensor]:
         """The N samples, their prompts' index (N,), shares p^(x) within the prompt (N,), keys (G,) and log Z (G,)."""
@@ -113,11 +117,13 @@ class Replay:
         names = self._batches[0][0].scores.keys() & rollouts.scores.keys()
         return {name: rollouts.scores[name] for name in sorted(names)}
 
-    def state_dict(self) -> list:
-        return [(batch.state_dict(), tried) for batch, tried in self._batches]
+    def state_dict(self) -> dict:
+        batches = [(batch.state_dict(), tried) for batch, tried in self._batches]
+        return {"batches": batches, "fit_batches": self._fit_batches}
 
-    def load_state_dict(self, state: list) -> None:
-        self._batches = [(Rollouts(**batch), tried) for batch, tried in state]
+    def load_state_dict(self, state: dict) -> None:
+        self._batches = [(Rollouts(**batch), tried) for batch, tried in state["batches"]]
+        self._fit_batches = state["fit_batches"]
 
 
 def _resample(group: Tensor, share: Tensor, chosen: Tensor, each: int) -> Tensor:

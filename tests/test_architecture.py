@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_gdc"
 FLOORS = [
     [
-        "acceptance",
         "custom_generate",
+        "intervals",
         "divergences",
         "moments",
         "objectives",
@@ -24,6 +24,7 @@ FLOORS = [
     ],
     ["arguments", "actors", "checkpoints", "data", "encoding", "evaluation", "features", "hub", "loading", "metrics"]
     + [
+        "acceptance",
         "pools",
         "proposals",
         "certificates",

@@ -17,6 +17,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from hf_gdc import get_divergence, load_metric
 from hf_gdc.evaluation import LOG_NAMES, Scored, divergence_metrics, pooled_metrics
+from hf_gdc.intervals import normal_quantile, wilson_interval
 from hf_gdc.metrics import (
     available_metrics,
     constraint_rates,
@@ -26,7 +27,6 @@ from hf_gdc.metrics import (
     self_bleu,
     self_bleu_scores,
 )
-from hf_gdc.metrics.intervals import normal_quantile, wilson_interval
 from hf_gdc.partition import DivergenceEstimator
 
 TEXTS = ["the cat sat on the mat", "the cat sat on a hat", "the the the the", "", "cat", "the cat sat on the mat"]

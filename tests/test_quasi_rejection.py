@@ -16,7 +16,8 @@ import tiny
 import torch
 
 from hf_gdc import Moment, Pointwise, QuasiRejectionSampler, Reference, Reward, Target
-from hf_gdc.acceptance import AcceptancePool, wilson
+from hf_gdc.acceptance import AcceptancePool
+from hf_gdc.intervals import wilson_bound
 from hf_gdc.targets import Factor
 
 BETAS = [0.01, 0.3, 1.0, 3.0, 30.0]
@@ -352,7 +353,7 @@ def test_a_pool_too_small_says_how_many_samples_are_needed():
         small.beta_for(acceptance_rate=just_below)
     size = small.pool(num_samples=100)[0].size
     assert size == 300  # a second call adds to the pool
-    assert wilson(0.0, 100, 1.645) == pytest.approx(1.645**2 / (100 + 1.645**2))
+    assert wilson_bound(0.0, 100, 1.645) == pytest.approx(1.645**2 / (100 + 1.645**2))
 
 
 # ---- the saved folder ----

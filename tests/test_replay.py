@@ -91,14 +91,14 @@ def test_the_first_batch_stays_and_the_window_moves(tmp_path):
     for n in range(5):
         batch = tiny.enumerated(trainer)
         batch.texts = [f"batch {n}"] * len(batch)
-        replay.add(batch)
+        replay.add(batch, from_fit=n == 0)
     assert sorted(set(replay.weighted()[0].texts)) == ["batch 0", "batch 3", "batch 4"]
 
 
 def test_prompts_without_a_sample_get_copies_of_no_weight(tmp_path):
     trainer = make(tmp_path, prompts=["a", "b"] * 8, num_generations=8, per_device_train_batch_size=16)
     replay = Replay(trainer.target, trainer.actors, 8, 0)
-    replay.add(tiny.enumerated(trainer, ["a"]))
+    replay.add(tiny.enumerated(trainer, ["a"]), from_fit=True)
     fresh = trainer.actors.sample_policy([{"prompt": p} for p in ["a"] * 8 + ["b"] * 8])
     trainer.target.log_score(fresh)
     trainer.actors.reference_logp(fresh)
@@ -164,6 +164,19 @@ def test_what_judges_is_not_what_was_trained_on(tmp_path, monkeypatch):
     seen.clear()
     trainer.evaluate()
     assert fitting and seen and not fitting & set(seen)
+
+
+def test_without_a_window_the_policys_samples_are_not_kept(tmp_path):
+    trainer = make(tmp_path, tiny.SOFT["reward"]())
+    replay = Replay(trainer.target, trainer.actors, 8, window=0)
+    replay.add(tiny.enumerated(trainer))
+    assert replay.join(every := tiny.enumerated(trainer)) is every
+
+
+@pytest.mark.parametrize("name", ["fit_samples", "fit_support", "replay_samples", "replay_window"])
+def test_negative_sizes_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} can't be negative, but is -1"):
+        make(tmp_path, **{name: -1})
 
 
 def test_refusals(tmp_path):

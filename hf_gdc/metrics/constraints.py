@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..features import Feature
-from .intervals import normal_quantile, wilson_interval
+from ..intervals import normal_quantile, wilson_interval
 
 INTERVALS = ("wilson", "normal")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation import divergence_metrics
+from ..intervals import normal_quantile
 from ..partition import DivergenceEstimator
-from .intervals import normal_quantile
 
 
 def estimate_divergences(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..actors import score_in_parts
 from ..rollouts import Rollouts
 from ..scoring import Scorer
 from .base import Context, Factor
@@ -33,15 +33,12 @@ class Reference(Factor):
             return self._context.reference_logp(rollouts)
         return self._own_logp(rollouts)
 
-    @torch.no_grad()
     def _own_logp(self, rollouts: Rollouts) -> Tensor:
         key = f"log-prob of {id(self)}"
         if key not in rollouts.scores:
-            self.model.to(rollouts.completion_ids_BT.device)
-            logp_B = torch.zeros(len(rollouts), dtype=torch.float64)
-            for part in torch.arange(len(rollouts)).split(self.batch_size) if len(rollouts) else ():
-                logp_B[part] = self._scorer.rollouts(rollouts.select(part)).logp_B.cpu().double()
-            rollouts.scores[key] = logp_B
+            device = rollouts.completion_ids_BT.device
+            self.model.to(device)
+            rollouts.scores[key] = score_in_parts(self._scorer, rollouts, self.batch_size, device)
         return rollouts.scores[key]
 
     def formula(self) -> str:

@@ -26,8 +26,8 @@ from ..divergences import Divergence
 from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated, rollout_metrics
 from ..loading import disable_dropout, load_policy, load_tokenizer
 from ..partition import Partition, leave_one_out_baseline
-from ..pools import ReferencePools
-from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream
+from ..pools import FITTING, ReferencePools
+from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream, check_groups, empty_prompts
 from ..replay import Replay
 from ..reporting import Averages, length_metrics, log_samples
 from ..rollouts import Rollouts
@@ -77,10 +77,10 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is None:
-            train_dataset = _empty_prompts(args)
+            train_dataset = empty_prompts(args)
             eval_dataset = EmptyPrompts(1) if eval_dataset is None else eval_dataset
         else:
-            _check_groups(args, train_dataset)
+            check_groups(args, train_dataset)
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # rows are not tensors: each process reads the stream
         super().__init__(
@@ -220,7 +220,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         pool = self.reference_pools.fitting(rows, samples, self.target.log_score, support, most)
         self.target.fit(pool)
         if self.replay is not None:
-            self.replay.add(pool, shared=True)
+            self.replay.add(pool, from_fit=True)
         scored_N = self._gather_scored(pool)
         log_w_N = scored_N.log_score - scored_N.sampler_logp
         self.partition.update(scored_N.prompt_key, log_w_N, self.target.version)
@@ -231,7 +231,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self._averages.pop()  # samples per second start from here
 
     def _sample_reference(self, prompts: Sequence) -> Rollouts:
-        return self.actors.draw([{"prompt": prompt} for prompt in prompts], from_reference=True)
+        return self.actors.draw([{"prompt": prompt} for prompt in prompts], from_reference=True, salt=FITTING - 1)
 
     def _refuse_empty_support(self) -> None:
         hard = [factor.formula() for factor, _ in self.target.terms if factor.hard]
@@ -333,26 +333,3 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         self.target.load_state_dict(state["target"])
         if self.replay is not None:
             self.replay.load_state_dict(state["replay"])
-
-
-def _empty_prompts(args: PolicyGradientConfig) -> EmptyPrompts:
-    """As many empty prompts as the run takes, so that it is one epoch."""
-    if args.max_steps <= 0:
-        raise ValueError("without a train_dataset the prompts are empty and the run has no length: set max_steps.")
-    sets = -(-args.max_steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
-    return EmptyPrompts(sets * args.generation_batch_size * args.world_size)
-
-
-def _check_groups(args: PolicyGradientConfig, train_dataset) -> None:
-    first_rows(train_dataset, 1)  # refuses an empty dataset and one without prompts
-    if args.generation_batch_size % args.num_generations:
-        raise ValueError(
-            f"per_device_train_batch_size * steps_per_generation = {args.generation_batch_size} must be a multiple of "
-            f"num_generations = {args.num_generations}, so that no prompt's group is split over processes."
-        )
-    prompts = args.generation_batch_size // args.num_generations
-    if args.replay_samples % prompts:
-        raise ValueError(
-            f"replay_samples = {args.replay_samples} must be a multiple of the {prompts} prompts in a process's set "
-            "of rollouts (per_device_train_batch_size * steps_per_generation / num_generations)."
-        )

@@ -1,24 +1,10 @@
-"""Entropy of the n-grams' distribution, in nats, as a module of `evaluate`, which reads imports line by line."""
+"""`ngram_entropy` as a module of `evaluate`, which takes the first metric of the file: hence no `from` for the base."""
 
-import inspect
-
-import datasets
-import evaluate
-
+import hf_gdc.metrics.text_metric
 from hf_gdc.metrics.diversity import ngram_entropy
 
-TEXTS = datasets.Features(predictions=datasets.Value("string"))
-TOKENS = datasets.Features(predictions=datasets.List(datasets.Value("string")))
 
-
-class NgramEntropy(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Entropy of the n-grams' distribution, in nats.",
-            citation="Zhang et al. 2018, arXiv 1809.05972",
-            inputs_description=f"\n\nInputs are `predictions` (texts) and the options of:\n\n{inspect.getdoc(ngram_entropy)}",
-            features=[TEXTS, TOKENS],
-        )
-
-    def _compute(self, predictions, **options):
-        return {"ngram_entropy": ngram_entropy(predictions, **options)}
+class NgramEntropy(hf_gdc.metrics.text_metric.TextMetric):
+    function = staticmethod(ngram_entropy)
+    description = "Entropy of the n-grams' distribution, in nats."
+    source = "Zhang et al. 2018, arXiv 1809.05972"

@@ -19,7 +19,11 @@ def wilson_interval(share: float, samples: int, confidence: float = 0.95) -> tup
     """Wilson's score interval (1927) of a share of `samples` independent yes-or-no draws; good for shares near 0 and 1,
     where the normal interval has width 0."""
     z = normal_quantile(confidence)
+    return max(wilson_bound(share, samples, -z), 0.0), min(wilson_bound(share, samples, z), 1.0)
+
+
+def wilson_bound(share: float, samples: float, z: float) -> float:
+    """One bound of it at z standard errors: the upper for positive z, the lower for negative."""
     z2_n = z * z / samples
-    centre = (share + z2_n / 2) / (1 + z2_n)
-    half = math.sqrt(share * (1 - share) * z2_n + z2_n**2 / 4) / (1 + z2_n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    half = z * math.sqrt(share * (1 - share) / samples + z2_n / samples / 4)
+    return (share + z2_n / 2 + half) / (1 + z2_n)
