@@ -48,13 +48,15 @@ class Replay:
         if not from_fit and not self.window:
             return
         alive = (self.target.log_score(rollouts) > -math.inf).nonzero().flatten()
-        keys, group, tried = torch.unique(rollouts.prompt_key_B, return_inverse=True, return_counts=True)
-        kept, tried = rollouts.tokens_to("cpu").select(alive), tried[group][alive].double()
+        kept = rollouts.tokens_to("cpu").select(alive)
         kept = replace(kept, sampler_logps_BT=None, log_score_B=None, log_z_B=None, baseline_B=None)
-        world = self.actors.accelerator.num_processes
-        if from_fit and world > 1:
-            parts = gather_object([(kept.state_dict(), tried * world)])
-            kept, tried = Rollouts.concatenate([Rollouts(**p) for p, _ in parts]), torch.cat([n for _, n in parts])
+        prompts = rollouts.prompt_key_B
+        if from_fit and self.actors.accelerator.num_processes > 1:
+            parts = gather_object([(kept.state_dict(), prompts)])
+            kept = Rollouts.concatenate([Rollouts(**part) for part, _ in parts])
+            prompts = torch.cat([part for _, part in parts])
+        keys, counts = torch.unique(prompts, return_counts=True)
+        tried = counts[torch.searchsorted(keys, kept.prompt_key_B)].double()
         if len(kept):
             self._batches.append((kept, tried))
             self._fit_batches += from_fit

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 
@@ -21,7 +22,8 @@ def launch(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
+@pytest.mark.parametrize("replayed", [0, 32])
+def test_two_processes_equal_one_on_the_same_rollouts(replayed, tmp_path):
     trainer = tiny.trainer(tiny.HARD["pointwise"](), tmp_path / "maker", tiny.model(0, 0.5, torch.float32), ["a", "b"])
     rows = [{"prompt": prompt} for prompt in "ab"]
     pool = trainer.actors.draw([row for row in rows for _ in range(64)], from_reference=True)
@@ -29,9 +31,9 @@ def test_two_processes_equal_one_on_the_same_rollouts(tmp_path):
     given = {"pool": pool.state_dict()} | {f"step {n}": step.state_dict() for n, step in enumerate(steps)}
     torch.save(given, tmp_path / "rollouts.pt")
     for processes in (1, 2):
-        launch(processes, "same_rollouts", str(tmp_path), str(processes))
+        launch(processes, "same_rollouts", str(tmp_path), str(processes), str(replayed))
     one, two = (torch.load(tmp_path / f"end{processes}.pt") for processes in (1, 2))
-    assert len(one["seen"]) == 2
+    assert [len(step["log_z_B"]) for step in one["seen"]] == [32 + replayed] * 2
     for first, second in zip(one["seen"], two["seen"], strict=True):
         for name in first:
             torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-9)

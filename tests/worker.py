@@ -34,8 +34,12 @@ def training(output_dir: str, resume: str, kill_at: str, *options: str) -> None:
         torch.save(state, Path(output_dir) / "end.pt")
 
 
-def same_rollouts(folder: str, processes: str) -> None:
-    """Two optimizer steps on given rollouts, this process's share of each; save what came out."""
+def same_rollouts(folder: str, processes: str, replayed: str) -> None:
+    """Two optimizer steps on given rollouts, this process's share of each; save what came out.
+
+    Each process has the rollouts of one prompt; resampling for the replay uses no random numbers.
+    """
+    torch.rand = lambda *size, dtype=None: torch.full(size, 0.5, dtype=dtype)
     trainer = tiny.trainer(
         tiny.HARD["pointwise and moment"](),
         f"{folder}/run{processes}",
@@ -45,6 +49,8 @@ def same_rollouts(folder: str, processes: str) -> None:
         per_device_train_batch_size=32 // int(processes),
         num_generations=16,
         learning_rate=1e-2,
+        replay_samples=int(replayed) // int(processes),
+        replay_window=1000 if int(replayed) else 0,
     )
     assert trainer.args.world_size == int(processes), trainer.args.world_size
     given = torch.load(f"{folder}/rollouts.pt", weights_only=True)
@@ -62,7 +68,8 @@ def same_rollouts(folder: str, processes: str) -> None:
 
     def weigh(rollouts):
         result = plain(rollouts)
-        seen.append({name: trainer.actors.gather(getattr(rollouts, name)) for name in ("log_z_B", "baseline_B")})
+        names = ("log_z_B", "baseline_B", "sampler_logp_B")
+        seen.append({name: trainer.actors.gather(getattr(rollouts, name)).sort().values for name in names})
         return result
 
     trainer.weigh = weigh
