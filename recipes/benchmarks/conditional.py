@@ -2,10 +2,10 @@
 
     python recipes/benchmarks/conditional.py
 
-A language of 5 tokens and length 4 has 341 completions, so KL(p_c || pi_c) is exact. The constraint is that a completion has
-a d; eight prompts are picked whose Z_c lie evenly (in log) between the largest and a hundredth of it. Both sides train alike
-but for the partition (Korbak et al. 2021, arXiv 2112.00791, compare the same). The last line is JSON, also written to
-outputs/benchmarks/conditional.json.
+A language of 5 tokens and length 4 has 341 completions, so KL(p_c || pi_c) is exact. A completion must hold the first token
+of its prompt, as a summary must name what its text is about; eight prompts are picked whose Z_c lie evenly (in log) between
+the largest and a hundredth of it. Both sides train alike but for the partition (Korbak et al. 2021, arXiv 2112.00791, compare
+the same). The last line is JSON, also written to outputs/benchmarks/conditional.json.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ class GlobalPartition(Partition):
         return super().log_z_stderr(torch.zeros_like(key_B))
 
 
-def has_d(completion_ids, **_) -> list[float]:
-    return [float(4 in ids) for ids in completion_ids]
+def names_the_first(prompts, completion_ids, **_) -> list[float]:
+    first = [WORDS.index(prompt.split()[0]) for prompt in prompts]
+    return [float(token in ids) for token, ids in zip(first, completion_ids, strict=True)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,7 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> SmallGPTForCausalLM:
-    torch.manual_seed(3)  # of 24 tried: with Z of some prompts near 1, of others near 0.01
+    torch.manual_seed(3)  # with Z of some prompts near 1, of others near 0.001
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
     model = SmallGPTForCausalLM(SmallGPTConfig(vocab_size=5, tie_word_embeddings=False, **size, **ids))
@@ -66,11 +68,16 @@ def completions() -> list[list[int]]:
     return ended + [list(body) for body in itertools.product(range(1, 5), repeat=LENGTH)]
 
 
+def inside(prompt: Sequence[int]) -> torch.Tensor:
+    """(341,) which completions satisfy the constraint of this prompt."""
+    return torch.tensor([prompt[0] in row for row in completions()])
+
+
 @torch.no_grad()
-def log_probs(model, prompt: list[int]) -> torch.Tensor:
+def log_probs(model, prompt: Sequence[int]) -> torch.Tensor:
     """(341,) log-probability of every completion of a prompt, in float64."""
     rows = completions()
-    ids = torch.tensor([prompt + row + [0] * (LENGTH - len(row)) for row in rows])
+    ids = torch.tensor([[*prompt, *row] + [0] * (LENGTH - len(row)) for row in rows])
     mask = torch.tensor([[n < len(row) for n in range(LENGTH)] for row in rows])
     logp = model(input_ids=ids).logits.double().log_softmax(-1)[:, len(prompt) - 1 : -1]
     return (logp.gather(-1, ids[:, len(prompt) :, None]).squeeze(-1) * mask).sum(-1)
@@ -78,10 +85,8 @@ def log_probs(model, prompt: list[int]) -> torch.Tensor:
 
 def pick_prompts(model) -> tuple[list[str], list[float]]:
     """Prompts of three tokens whose log Z are nearest to an even spread over two decades below the largest."""
-    inside = torch.tensor(has_d(completions())) == 1
-    z = {
-        ids: float(log_probs(model, list(ids)).exp()[inside].sum()) for ids in itertools.product(range(1, 5), repeat=3)
-    }
+    every = itertools.product(range(1, 5), repeat=3)
+    z = {ids: float(log_probs(model, ids).exp()[inside(ids)].sum()) for ids in every}
     wanted = [math.log(max(z.values())) - math.log(100) * n / (PROMPTS - 1) for n in range(PROMPTS)]
     chosen = []
     for log_z in wanted:
@@ -91,13 +96,12 @@ def pick_prompts(model) -> tuple[list[str], list[float]]:
 
 def mean_kl(model, reference, prompts: list[str]) -> float:
     """Exact mean over prompts of KL(p_c || pi_c)."""
-    inside = torch.tensor(has_d(completions())) == 1
     total = 0.0
     for prompt in prompts:
         ids = [WORDS.index(word) for word in prompt.split()]
-        log_p = log_probs(reference, ids)[inside]
+        log_p = log_probs(reference, ids)[inside(ids)]
         log_p = log_p - log_p.logsumexp(0)
-        total += float((log_p.exp() * (log_p - log_probs(model, ids)[inside])).sum())
+        total += float((log_p.exp() * (log_p - log_probs(model, ids)[inside(ids)])).sum())
     return total / len(prompts)
 
 
@@ -122,7 +126,7 @@ def train(divergence: str, one_z: bool, prompts: list[str], seed: int, options: 
             logging_steps=options.steps,
         )
         dataset = Dataset.from_dict({"prompt": prompts * 4})
-        target = Reference() * Pointwise(has_d)
+        target = Reference() * Pointwise(names_the_first)
         trainer = GDCTrainer(model, target, args=args, train_dataset=dataset, processing_class=make_tokenizer())
         if one_z:
             trainer.partition = GlobalPartition()

@@ -1,12 +1,14 @@
 """A constraint that 1 of 10,000 samples of the base satisfies: a sleepy dragon and a heroine.
 
     python recipes/benchmarks/rare.py --pool     2.4 million samples of the base, once: 200 that satisfy it judge the result
-    python recipes/benchmarks/rare.py            filter, train, judge
+    accelerate launch --config_file recipes/accelerate/cpu_two_processes.yaml recipes/benchmarks/rare.py
+                                                 filter, train, judge; --help shows what can be compared
 
-The pool goes on where it stopped. Training draws from the base until `fit_support` samples satisfy the constraint and then
-trains on mixtures of fresh samples and replayed ones (`hf_gdc.replay`): no sample of the pool is used. Its samples that satisfy
-the constraint are exact ones of p, so KL(p || pi) is the mean of log p - log pi over them, with a standard error. The last
-line is JSON, also written to outputs/benchmarks/rare/rare.json.
+The base is that of `quickstart_problem.py`, made if it is missing. The pool goes on where it stopped. Training draws from the
+base until `fit_support` samples satisfy the constraint and then trains on mixtures of fresh samples and replayed ones
+(`hf_gdc.replay`): no sample of the pool is used. Its samples that satisfy the constraint are exact ones of p, so KL(p || pi)
+is the mean of log p - log pi over them, with a standard error. The last line is JSON, also written to
+outputs/benchmarks/rare/rare.json.
 """
 
 import argparse
@@ -18,8 +20,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from quickstart_problem import BASE, load_base
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gdc import GDCConfig, GDCTrainer, Pointwise, Reference, Rollouts, Target
 from hf_gdc.metrics import distinct_n
@@ -38,9 +41,8 @@ def accepted(target: Target, rollouts: Rollouts) -> torch.Tensor:
     return torch.stack(ok).all(0).nonzero().flatten()
 
 
-def fill_pool(base: str, file: Path, total: int, batch: int) -> None:
+def fill_pool(model, tokenizer, file: Path, total: int, batch: int) -> None:
     """Samples of the base that satisfy the constraint, and of how many; each batch has its own seed."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     sampler, target = TransformersSampler(tokenizer, LENGTH, max_context=64), make_target()
     drawn, kept = load_pool(file) if file.is_file() else (0, None)
     with tqdm(total=total, initial=drawn, desc="pool") as bar:
@@ -70,7 +72,8 @@ def judge(trainer: GDCTrainer, file: Path) -> dict:
     difference = pool.policy_logp_B - math.log(rate) - trainer.actors.policy_logp(pool)
     error = math.sqrt(float(difference.var()) / len(pool) + (1 - rate) / len(pool))
     samples = trainer.actors.draw([{"prompt": ""}] * 4096, from_reference=False, salt=1)
-    satisfied = len(accepted(trainer.target, samples)) / len(samples)
+    ok = torch.zeros(len(samples)).index_fill(0, accepted(trainer.target, samples), 1.0)
+    satisfied = float(trainer.actors.gather(ok).mean())
     result = {"base_rate": rate, "pool": drawn, "target_samples": len(pool), "satisfied": satisfied}
     result |= {"kl_target_policy": float(difference.mean()), "kl_target_policy_stderr": error}
     both = [distinct_n(texts[: len(pool)], 2) for texts in (samples.texts, pool.texts)]
@@ -79,39 +82,25 @@ def judge(trainer: GDCTrainer, file: Path) -> dict:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="outputs/quickstart/pretrain/model", help="the quickstart's")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/rare"))
-    parser.add_argument("--pool", action="store_true", help="fill the pool and stop")
-    parser.add_argument("--pool_samples", type=int, default=2_400_000)
-    parser.add_argument("--pool_batch", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "pool.pt"
-    if options.pool:
-        return fill_pool(options.base, file, options.pool_samples, options.pool_batch)
-    if not file.is_file():
-        raise SystemExit(f"{file} is missing: run with --pool first.")
-    args = GDCConfig(
+def make_config(options: argparse.Namespace) -> GDCConfig:
+    processes = PartialState().num_processes
+    return GDCConfig(
         output_dir=str(options.output / "run"),
         overwrite=True,
         use_cpu=True,
-        divergence="kl",
+        divergence=options.divergence,
         fit_samples=20_480,
-        fit_support=24,
-        max_fit_samples=409_600,
-        replay_samples=256,
-        replay_window=4096,
-        num_iterations=3,
+        fit_support=options.fit_support,
+        max_fit_samples=2_000_000,
+        replay_samples=options.replay_samples // processes,
+        replay_window=options.replay_window // processes,
+        num_iterations=options.num_iterations,
         max_steps=options.steps,
-        per_device_train_batch_size=256,
+        per_device_train_batch_size=options.batch // processes,
         per_device_eval_batch_size=2048,
         max_completion_length=LENGTH,
-        learning_rate=1.5e-3,
+        learning_rate=options.learning_rate,
+        adam_epsilon=options.adam_epsilon,
         lr_scheduler_type="linear",
         warmup_steps=6,
         logging_steps=15,
@@ -119,15 +108,46 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=BASE, help="a model of the stories")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/rare"))
+    parser.add_argument("--pool", action="store_true", help="fill the pool and stop")
+    parser.add_argument("--pool_samples", type=int, default=2_400_000)
+    parser.add_argument("--pool_batch", type=int, default=2048)
+    parser.add_argument("--divergence", default="kl")
+    parser.add_argument("--fit_support", type=int, default=40, help="samples that satisfy it before training starts")
+    parser.add_argument("--replay_samples", type=int, default=256)
+    parser.add_argument("--replay_window", type=int, default=4096)
+    parser.add_argument("--num_iterations", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=256, help="fresh samples, of all processes")
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--adam_epsilon", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "pool.pt"
+    model, tokenizer = load_base(options.base)
+    if options.pool:
+        return fill_pool(model, tokenizer, file, options.pool_samples, options.pool_batch)
+    if not file.is_file():
+        raise SystemExit(f"{file} is missing: run with --pool first.")
+    args = make_config(options)
     start = time.monotonic()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(options.base), AutoTokenizer.from_pretrained(options.base)
     trainer = GDCTrainer(model, make_target(), args=args, processing_class=tokenizer)
     trainer.train()
     seconds = time.monotonic() - start
-    result = {"seconds": seconds, "threads": torch.get_num_threads()} | judge(trainer, file)
-    (options.output / "rare.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result = {"seconds": seconds, "processes": args.world_size, "threads": torch.get_num_threads()}
+    result |= judge(trainer, file) | {"options": {k: str(v) for k, v in vars(options).items()}}
+    if trainer.is_world_process_zero():
+        (options.output / "rare.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from quickstart_problem import Judge, Race, load_base, make_target, quickstart_options
+from quickstart_problem import BASE, Judge, Race, load_base, make_target, quickstart_options
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from hf_gdc import GDCTrainer
@@ -270,13 +270,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--disco", required=True, help="checkout of naver/disco")
-    parser.add_argument("--base", default="outputs/quickstart/pretrain/model", help="pretrained there if absent")
+    parser.add_argument("--base", default=BASE, help="pretrained there if absent")
     parser.add_argument("--output", default="outputs/benchmarks", help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each side")
     parser.add_argument("--goal", type=float, default=0.10, help="KL(p || pi) in nats")
     parser.add_argument("--every", type=float, default=3.0, help="seconds of training between two judgements")
     parser.add_argument("--cap_seconds", type=float, default=300.0, help="most seconds of a run, judging left out")
-    parser.add_argument("--pool", type=int, default=20480, help="the judge's samples of the base")
+    parser.add_argument("--pool", type=int, default=102_400, help="the judge's samples of the base")
     parser.add_argument("--judge_samples", type=int, default=4096, help="the judge's samples of the policy, each time")
     parser.add_argument("--losses", nargs="+", default=["JS", "KL"], help="disco's grid")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3, 2e-3], help="disco's grid")

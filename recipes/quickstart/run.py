@@ -34,6 +34,7 @@ class QuickstartArguments:
 
     num_stories: int = field(default=20_000, metadata={"help": "Stories to pretrain on, each seen once."})
     pretrain_learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate of the pretraining."})
+    pretrain_batch_size: int = field(default=64, metadata={"help": "Stories in a step of it, over all processes."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the small GPT."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Its depth."})
 
@@ -59,7 +60,7 @@ def pretrain_base(options: QuickstartArguments, args: GDCConfig) -> Path:
         PretrainConfig(
             output_dir=f"{args.output_dir}/pretrain",
             learning_rate=options.pretrain_learning_rate,
-            per_device_train_batch_size=64 // args.world_size,
+            per_device_train_batch_size=options.pretrain_batch_size // args.world_size,
             use_cpu=args.use_cpu,
             seed=args.seed,
             save_strategy="no",
