@@ -17,7 +17,8 @@ _PUBLIC = {
     "models": ["SmallGPTConfig", "SmallGPTForCausalLM", "SmallGPTModel"],
     "quasi_rejection": ["QuasiRejectionSampler"],
     "rollouts": ["Rollouts"],
-    "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target"],
+    "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],
+    "trainers.distillation": ["DistillationConfig", "DistillationTrainer"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

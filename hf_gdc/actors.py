@@ -6,7 +6,7 @@ Left out: training. Shapes: B samples of this process.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -53,15 +53,20 @@ class Actors:
         with self._policy_active() as model:
             return self._sample(self.sampler, model, rows)
 
-    def draw(self, rows: Sequence[dict], from_reference: bool, salt: int = 0) -> Rollouts:
+    def draw(
+        self, rows: Sequence[dict], from_reference: bool, salt: int = 0, other: nn.Module | None = None
+    ) -> Rollouts:
         """This process's share of completions for the rows, unwarped, made in parts and kept on the CPU.
 
-        The same in every run with this seed and salt; the training's own random numbers go on undisturbed.
+        From the policy, the reference, or another model that is whole on every process. The same in every run with this
+        seed and salt; the training's own random numbers go on undisturbed.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [*rows, *rows[: -len(rows) % world]][rank::world]
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         active = self._reference_active() if from_reference else self._policy_active()
+        if other is not None:
+            active = nullcontext(other.to(self.accelerator.device))
         with active as model, torch.random.fork_rng(devices):
             torch.manual_seed(self.seed + 7919 * (rank + 1) + 104729 * (salt + 1))
             parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]

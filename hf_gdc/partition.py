@@ -74,10 +74,13 @@ class Partition:
 
     For every prompt it keeps the number of samples and the log of sum w and of sum w^2, with w = P/q: a running mean
     over all rollouts made while the target stood still. When the target's `version` changes, it starts afresh.
+
+    Args:
+        normalised: P is a probability already, so every Z is 1, without error.
     """
 
-    def __init__(self):
-        self.version = 0
+    def __init__(self, normalised: bool = False):
+        self.normalised, self.version = normalised, 0
         self._reset()
 
     def _reset(self) -> None:
@@ -117,11 +120,15 @@ class Partition:
 
     def log_z(self, key_B: Tensor) -> Tensor:
         """(B,) float64 log Z of the prompts with these keys, all of them seen before; -inf where Z is still 0."""
+        if self.normalised:
+            return torch.zeros(len(key_B), dtype=torch.float64, device=key_B.device)
         at = torch.searchsorted(self._key_K, key_B.cpu())
         return (self._log_w_K[at] - self._count_K[at].log()).to(key_B.device)
 
     def log_z_stderr(self, key_B: Tensor) -> Tensor:
         """(B,) standard error of log Z by the delta method, sqrt(Var w / n) / Z; inf where Z is 0 or n is 1."""
+        if self.normalised:
+            return torch.zeros(len(key_B), dtype=torch.float64, device=key_B.device)
         at = torch.searchsorted(self._key_K, key_B.cpu())
         count = self._count_K[at]
         second_over_first = torch.exp(self._log_w2_K[at] - 2 * self._log_w_K[at]) * count  # E[w^2] / E[w]^2

@@ -128,7 +128,11 @@ class QuasiRejectionSampler:
                 "the target has Reference() without a model, and there is no trainer here whose start it could be: pass "
                 "reference=... (the model before training, or the policy itself), or write Reference('its/name')."
             )
-        self.target.bind(Context(self.proposal.reference_logp, self.proposal.draw_reference))
+        self.target.bind(
+            Context(
+                self.proposal.reference_logp, self.proposal.draw_reference, tokenizer=self.proposal.sampler.tokenizer
+            )
+        )
         self._restart()
 
     # ---- the pool and what follows from it ----

@@ -12,6 +12,7 @@ H hidden, V vocabulary.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class PolicyOutput:
-    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs, and entropies if asked."""
+    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs, and, if asked, entropies
+    and a number of the caller's choice."""
 
     logps_BT: Tensor
     entropy_BT: Tensor | None = None
+    extra_BT: Tensor | None = None
 
     @property
     def logp_B(self) -> Tensor:
@@ -63,6 +66,7 @@ class Scorer:
         completion_mask_BT: Tensor,
         module: nn.Module | None = None,
         entropy: bool = False,
+        extra: Callable[[Tensor, slice], Tensor] | None = None,
     ) -> PolicyOutput:
         """Log-probs of the completions.
 
@@ -71,7 +75,44 @@ class Scorer:
             completion_ids_BT, completion_mask_BT: right-padded completions; the mask keeps the first EOS.
             module: the accelerate-wrapped model to run through (needed where gradients are wanted).
             entropy: also give the entropies of the next-token distributions, without gradient.
+            extra: one more number per token, (n,), from the log-probs (n, V) of the n of all real tokens that the slice
+                says, with gradient. Called once more in the backward pass where tokens come in chunks.
         """
+        inputs, keep = self._inputs(prompt_ids_BP, prompt_mask_BP, completion_ids_BT, completion_mask_BT)
+        length, targets_N = keep.shape[1], completion_ids_BT[keep]
+        if self._head_is_separate:
+            per_token = _run_inside(
+                self.model if module is None else module,
+                self.model,
+                lambda: self._backbone_pass(inputs, keep, targets_N, entropy, extra),
+            )
+        else:
+            with self.autocast():
+                logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
+            per_token = _token_stats(logits_BTV[keep], targets_N, entropy, extra, slice(0, len(targets_N)))
+        blank = torch.zeros(keep.shape, dtype=per_token["logps_BT"].dtype, device=keep.device)
+        return PolicyOutput(**{name: blank.masked_scatter(keep, values_N) for name, values_N in per_token.items()})
+
+    @torch.no_grad()
+    def token_logits(self, rollouts) -> Callable[[slice], Tensor]:
+        """The logits (n, V) at a slice of the completions' real tokens, without gradient; the head runs when asked."""
+        inputs, keep = self._inputs(
+            rollouts.prompt_ids_BP,
+            rollouts.prompt_mask_BP,
+            rollouts.completion_ids_BT,
+            rollouts.completion_mask_BT,
+        )
+        lm, length = causal_lm(self.model), keep.shape[1]
+        if not self._head_is_separate:
+            logits_NV = self.model(**inputs).logits[:, -length:][keep]
+            return lambda part: logits_NV[part]
+        hidden_NH = lm.base_model(**inputs).last_hidden_state[:, -length:][keep]
+        return torch.no_grad()(lambda part: lm.get_output_embeddings()(hidden_NH[part]))
+
+    def _inputs(
+        self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, completion_ids_BT: Tensor, completion_mask_BT: Tensor
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the model's forward, and where completions have real tokens, (B, T) bool."""
         length = completion_ids_BT.shape[1]
         ids = torch.cat([prompt_ids_BP, completion_ids_BT[:, :-1]], 1)  # the last token is only a target
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -80,31 +121,19 @@ class Scorer:
             inputs["attention_mask"] = mask
             if "position_ids" in self._accepts:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        keep = completion_mask_BT.bool()
-        targets_N = completion_ids_BT[keep]
+        if not self._head_is_separate and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = length
+        return inputs, completion_mask_BT.bool()
 
-        if self._head_is_separate:
-            per_token = _run_inside(
-                self.model if module is None else module,
-                self.model,
-                lambda: self._backbone_pass(inputs, keep, targets_N, entropy),
-            )
-        else:
-            if "logits_to_keep" in self._accepts:
-                inputs["logits_to_keep"] = length
-            with self.autocast():
-                logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
-            per_token = _token_stats(logits_BTV[keep], targets_N, entropy)
-        blank = torch.zeros(keep.shape, dtype=per_token[0].dtype, device=keep.device)
-        return PolicyOutput(*(blank.masked_scatter(keep, values_N) for values_N in per_token))
-
-    def _backbone_pass(self, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    def _backbone_pass(
+        self, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool, extra
+    ) -> dict[str, Tensor]:
         lm, length = causal_lm(self.model), keep_BT.shape[1]
         with self.autocast():
             hidden_BTH = lm.base_model(**inputs).last_hidden_state[:, -length:]
-            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N, entropy)
+            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N, entropy, extra)
 
-    def rollouts(self, rollouts, module: nn.Module | None = None, entropy: bool = False) -> PolicyOutput:
+    def rollouts(self, rollouts, module: nn.Module | None = None, entropy: bool = False, extra=None) -> PolicyOutput:
         """The same for `Rollouts`."""
         return self(
             rollouts.prompt_ids_BP,
@@ -113,30 +142,36 @@ class Scorer:
             rollouts.completion_mask_BT,
             module,
             entropy,
+            extra,
         )
 
-    def _in_chunks(self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-        size = max(1, self.chunk_elements // head.weight.shape[0])
+    def _in_chunks(
+        self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, entropy: bool, extra
+    ) -> dict[str, Tensor]:
+        size, total = max(1, self.chunk_elements // head.weight.shape[0]), len(targets_N)
 
-        def chunk_stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            return _token_stats(head(hidden), targets, entropy)
+        def chunk_stats(hidden: Tensor, targets: Tensor, part: slice) -> dict[str, Tensor]:
+            return _token_stats(head(hidden), targets, entropy, extra, part)
 
-        if len(targets_N) <= size:
-            return chunk_stats(hidden_NH, targets_N)
-        chunks = zip(hidden_NH.split(size), targets_N.split(size), strict=True)
-        parts = [checkpoint(chunk_stats, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [slice(at, min(at + size, total)) for at in range(0, total, size)]
+        if len(parts) == 1:
+            return chunk_stats(hidden_NH, targets_N, parts[0])
+        stats = [checkpoint(chunk_stats, hidden_NH[p], targets_N[p], p, use_reentrant=False) for p in parts]
+        return {name: torch.cat([chunk[name] for chunk in stats]) for name in stats[0]}
 
 
-def _token_stats(logits_NV: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """log pi(target) with gradient and, if asked, the entropy without, from float32 logits (float64 stays float64)."""
+def _token_stats(logits_NV: Tensor, targets_N: Tensor, entropy: bool, extra, part: slice) -> dict[str, Tensor]:
+    """log pi(target) with gradient and what else is asked for, from float32 logits (float64 stays float64)."""
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     logp_NV = torch.log_softmax(logits_NV, -1, dtype=dtype)
     logps_N = logp_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-    if not entropy:
-        return (logps_N,)
-    with torch.no_grad():
-        return logps_N, -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(dtype).min)).sum(-1)
+    stats = {"logps_BT": logps_N}
+    if entropy:
+        with torch.no_grad():
+            stats["entropy_BT"] = -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(dtype).min)).sum(-1)
+    if extra is not None:
+        stats["extra_BT"] = extra(logp_NV, part).to(dtype)
+    return stats
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ FLOORS = [
     [
         "custom_generate",
         "intervals",
+        "dense",
         "divergences",
         "moments",
         "objectives",
@@ -22,7 +23,19 @@ FLOORS = [
         "trl_compat",
         "models",
     ],
-    ["arguments", "actors", "checkpoints", "data", "encoding", "evaluation", "features", "hub", "loading", "metrics"]
+    [
+        "arguments",
+        "actors",
+        "checkpoints",
+        "data",
+        "encoding",
+        "evaluation",
+        "features",
+        "frozen",
+        "hub",
+        "loading",
+        "metrics",
+    ]
     + [
         "acceptance",
         "pools",

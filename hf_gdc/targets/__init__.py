@@ -4,5 +4,6 @@ from .base import Context, Factor, Target
 from .constraints import Moment, Pointwise
 from .reference import Policy, Reference
 from .reward import Reward
+from .teacher import Teacher
 
-__all__ = ["Context", "Factor", "Moment", "Pointwise", "Policy", "Reference", "Reward", "Target"]
+__all__ = ["Context", "Factor", "Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"]

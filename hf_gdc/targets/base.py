@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..divergences import get_divergence
 from ..features import Feature
@@ -31,13 +32,14 @@ class Context:
 
     `reference_logp(rollouts)` gives log a (B,) on the CPU; `sample_reference(prompts)` draws from a, one completion for
     each prompt; `gather` joins a CPU tensor of equal length over processes (the identity on one). `extras` replaces what
-    features get as TRL's `trainer_state`, `log_metric` and `log_extra`.
+    features get as TRL's `trainer_state`, `log_metric` and `log_extra`. `tokenizer` is the policy's.
     """
 
     reference_logp: Callable[[Rollouts], Tensor]
     sample_reference: Callable[[Sequence], Rollouts]
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     extras: dict = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Factor:
@@ -47,10 +49,12 @@ class Factor:
         hard: the score may be -inf.
         log_linear: the score is lambda * feature with a wanted mean; the target solves for all such lambdas jointly. See
             `Moment`, the one factor of that kind.
+        normalised: the factor alone is a probability of the completion given the prompt.
     """
 
     hard = False
     log_linear = False
+    normalised = False
     features: Sequence[Feature] = ()  # what it reads of the completions; the report says their means
     always: Sequence[Feature] = ()  # those of them that are 1 for every sample of the target
 
@@ -152,6 +156,11 @@ class Target(Factor):
     @property
     def hard(self) -> bool:
         return any(factor.hard for factor, _ in self.terms)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether Z = 1 for every prompt, because P is one factor that is a probability."""
+        return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].normalised
 
     def bind(self, context: Context) -> None:
         self._context = context

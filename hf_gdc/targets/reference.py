@@ -1,13 +1,10 @@
 """The factors a(x) and q(x): the frozen start of the policy, and the sampler itself."""
 
-from pathlib import Path
-
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..actors import score_in_parts
+from ..frozen import FrozenLM
 from ..rollouts import Rollouts
-from ..scoring import Scorer
 from .base import Context, Factor
 
 
@@ -20,39 +17,31 @@ class Reference(Factor):
         batch_size: completions that such a model scores at a time. Without one, the trainer's own batches apply.
     """
 
+    normalised = True
+
     def __init__(self, model: PreTrainedModel | str | None = None, batch_size: int = 64):
-        self.model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-        self.batch_size = batch_size
-        self._scorer = None if self.model is None else Scorer(self.model.eval())
+        self._own = None if model is None else FrozenLM(model, batch_size)
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model of its own, if it has one."""
+        return None if self._own is None else self._own.model
 
     def bind(self, context: Context) -> None:
         self._context = context
 
     def log_score(self, rollouts: Rollouts) -> Tensor:
-        if self._scorer is None:
-            return self._context.reference_logp(rollouts)
-        return self._own_logp(rollouts)
-
-    def _own_logp(self, rollouts: Rollouts) -> Tensor:
-        key = f"log-prob of {id(self)}"
-        if key not in rollouts.scores:
-            device = rollouts.completion_ids_BT.device
-            self.model.to(device)
-            rollouts.scores[key] = score_in_parts(self._scorer, rollouts, self.batch_size, device)
-        return rollouts.scores[key]
+        return self._context.reference_logp(rollouts) if self._own is None else self._own.logp(rollouts)
 
     def formula(self) -> str:
-        if self.model is None:
-            return "a(x)"
-        name = Path(self.model.config._name_or_path).name  # without its owner or folder, which may move
-        return f"a_{name or type(self.model).__name__}(x)"
+        return "a(x)" if self._own is None else f"a_{self._own.name}(x)"
 
     def to_dict(self) -> dict:
-        if self.model is None:
+        if self._own is None:
             return {}
-        if not self.model.config._name_or_path:
+        if not self._own.path:
             raise ValueError("a Reference of a model without a name can't be saved: give its Hub id or path instead.")
-        return {"model": self.model.config._name_or_path}
+        return {"model": self._own.path}
 
 
 class Policy(Factor):

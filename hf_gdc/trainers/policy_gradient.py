@@ -96,7 +96,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
         set_seed(args.seed, device_specific=True)  # processes must not sample the same rollouts
         self.loss_is_scaled_for_ga = False
         self.target = target if isinstance(target, Target) else Target([target])
-        self.partition = Partition()
+        self.partition = Partition(self.target.normalised)
         self.actors = Actors(
             self.model,
             lambda: self.model_wrapped,
@@ -105,7 +105,9 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
             args.per_device_eval_batch_size,
             args.seed,
         )
-        self.target.bind(Context(self.actors.reference_logp, self._sample_reference, self.actors.gather))
+        self.target.bind(
+            Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, tokenizer=tokenizer)
+        )
         self._averages = Averages()
         self._fitted = False
         self._micro_steps = 0  # taken with the current rollouts
