@@ -59,6 +59,17 @@ class PolicyGradientConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Switch dropout off, so that log-probabilities mean what they say."}
     )
+    trainable_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Train only parameters whose names match one of these regular expressions: 'layers\\.[01]\\.'."
+        },
+    )
+    cycle_blocks: int = field(
+        default=0,
+        metadata={"help": "Train one block of consecutive layers at a time, of so many; 0 trains all at once."},
+    )
+    cycle_steps: int = field(default=10, metadata={"help": "Optimizer steps before the next block's turn."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts."})
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template (a JSON object)."}
@@ -136,10 +147,10 @@ class PolicyGradientConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_generations", "max_completion_length", "num_iterations", "eval_samples"):
+        for name in ("num_generations", "max_completion_length", "num_iterations", "eval_samples", "cycle_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
-        for name in ("fit_samples", "fit_support", "replay_samples", "replay_window"):
+        for name in ("fit_samples", "fit_support", "replay_samples", "replay_window", "cycle_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} can't be negative, but is {getattr(self, name)}.")
         warped = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty) != (

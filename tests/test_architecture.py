@@ -14,6 +14,7 @@ FLOORS = [
         "intervals",
         "dense",
         "divergences",
+        "incremental",
         "moments",
         "objectives",
         "partition",

@@ -24,6 +24,7 @@ from ..arguments import PolicyGradientConfig
 from ..checkpoints import SafeCheckpoints
 from ..divergences import Divergence
 from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated, rollout_metrics
+from ..incremental import Incremental, train_only
 from ..loading import disable_dropout, load_policy, load_tokenizer
 from ..partition import Partition, leave_one_out_baseline
 from ..pools import FITTING, ReferencePools
@@ -36,7 +37,7 @@ from ..scoring import PolicyOutput
 from ..targets.base import Context, Factor, Target
 
 
-class PolicyGradientTrainer(SafeCheckpoints, Trainer):
+class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
     """Moves a policy towards a target by the score-function gradient of an f-divergence.
 
     Args:
@@ -72,6 +73,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Trainer):
     ):
         set_seed(args.seed)  # the first weights of an adapter are random
         model = load_policy(model, args.model_init_kwargs, peft_config)
+        train_only(model, args.trainable_modules or [".*"])
         tokenizer = load_tokenizer(processing_class, model)
         sampler = TransformersSampler.from_options(tokenizer, model, args)
         if args.disable_dropout:
