@@ -108,7 +108,10 @@ class TargetArguments:
         },
     )
     reward: list[str] | None = field(
-        default=None, metadata={"help": "Reward functions, added up: my_rewards.py:helpful."}
+        default=None, metadata={"help": "Reward functions, added up: my_rewards.py:helpful org/reward-model."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward function. Default: 1."}
     )
     beta: float = field(
         default=0.1, metadata={"help": "Temperature of the rewards: the target has exp(reward / beta)."}
@@ -127,7 +130,7 @@ def build_target(options: TargetArguments) -> Target:
     for spec in options.moment or []:
         target = target * _moment(spec)
     if options.reward:
-        target = target * Reward(options.reward, options.beta)
+        target = target * Reward(options.reward, options.beta, options.reward_weights)
     if len(target.terms) == 1:
         raise ValueError("the target is the reference itself: give it a --pointwise, --moment or --reward.")
     return target

@@ -8,10 +8,12 @@ a factor it may be spelt as text:
     vader:compound                          a sentiment score (`scorers`)
     classifier:org/model=positive           a Hub classifier's probability of a label, or
     classifier:path/to/model=positive>0.5   whether that is above a threshold (`scorers`)
+    reward_model:org/model                  a Hub reward model's number for prompt and completion (`reward_models`)
+    similarity:org/encoder=texts.txt        cosine to the nearest text of a file, by any encoder (`scorers`)
     my_features.py:is_happy                 a function in a file
     my_package.rewards:f                    a function in an importable module
 
-Left out: reward models that are not classifiers of text.
+Left out: features of pairs of completions.
 """
 
 import asyncio
@@ -29,12 +31,23 @@ from torch import Tensor
 from transformers import TrainerState
 
 from .ready_features import contains, count, length, max_words, regex, starts_with, text_of
+from .reward_models import reward_model
 from .rollouts import Rollouts
-from .scorers import spelt_classifier, vader
+from .scorers import spelt_classifier, spelt_similarity, vader
 
 READY: dict[str, Callable] = {f.__name__: f for f in (contains, regex, count, starts_with, max_words, length, vader)}
-READY["classifier"] = spelt_classifier
+READY |= {"classifier": spelt_classifier, "reward_model": reward_model, "similarity": spelt_similarity}
 EXAMPLES = {"max_words": "20", "vader": "compound", "classifier": "org/model=positive"}  # of arguments, for messages
+EXAMPLES |= {"reward_model": "org/model", "similarity": "org/encoder=texts.txt"}
+
+
+def map_file(spec: str, change: Callable[[Path], str]) -> str:
+    """The spelling with the file in it, if there is one, replaced by what `change` says."""
+    if spec.startswith("similarity:"):
+        model, _, file = spec.rpartition("=")
+        return f"{model}={change(Path(file))}"
+    source, _, name = spec.rpartition(":")
+    return f"{change(Path(source))}:{name}" if source.endswith(".py") else spec
 
 
 def no_extras() -> dict:

@@ -1,26 +1,26 @@
-"""Scorers as features: a classifier of the Hub, and VADER's sentiment.
+"""Scorers as features: a classifier of the Hub, similarity to texts by an encoder, and VADER's sentiment.
 
-Both read the completion alone, without its prompt, as text. Left out: rewards that read the prompt too (any function of
-your own may), and scorers that give several numbers at once.
+All read the completion alone, without its prompt, as text. Left out: reward models, which read the prompt too
+(`reward_models`), and scorers that give several numbers at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .ready_features import text_of
+from .text_models import TextModel
 
 VADER_COMPONENTS = ("neg", "neu", "pos", "compound")
-LONGEST = 10**6  # tokens; tokenizers that know no limit have 10**30
 
 
 def vader(component: str) -> Callable:
@@ -74,7 +74,7 @@ def classifier(
     return Classifier(model, label, processing_class, batch_size, output, threshold)
 
 
-class Classifier:
+class Classifier(TextModel):
     """The function that `classifier` makes; `spec` is its text, or None where it can't be made again from text."""
 
     def __init__(self, model, label: str, processing_class, batch_size: int, output: str, threshold: float):
@@ -89,64 +89,24 @@ class Classifier:
         if label not in labels:
             called = f"classifier {name!r}" if name else "the classifier"
             raise ValueError(f"{called} has no label {label!r}; it has {', '.join(map(repr, labels))}.")
-        self.index, self.batch_size = int(labels[label]), batch_size
+        load = AutoModelForSequenceClassification.from_pretrained
+        super().__init__(model, load, processing_class, batch_size, "classifier")
+        self.index = int(labels[label])
         self.threshold = threshold if output == "label" else None
         self.sigmoid = len(labels) == 1 or config.problem_type == "multi_label_classification"
         self.__name__ = f"classifier:{name or type(model).__name__}={label}" + (
             "" if self.threshold is None else f">{threshold:g}"
         )
-        self.spec = self.__name__ if name and processing_class is None else None
-        if processing_class is None:
-            if not name:
-                raise ValueError(
-                    "this classifier was not loaded from anywhere: pass its tokenizer as processing_class."
-                )
-            processing_class = AutoTokenizer.from_pretrained(name)
-        self.tokenizer = processing_class
-        self._placed = not isinstance(model, str)
-        self.model = AutoModelForSequenceClassification.from_pretrained(model) if isinstance(model, str) else model
-        self.model.eval()
-        self._prepare_tokens()
-
-    def _prepare_tokens(self) -> None:
-        """How texts are cut, padded, and written where they have no token at all."""
-        tokenizer, config = self.tokenizer, self.model.config
-        self.limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or LONGEST)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if config.pad_token_id is None:  # decoders need it to find the last token, which they classify
-            config.pad_token_id = tokenizer.pad_token_id
-        self.blank = "" if tokenizer("")["input_ids"] else tokenizer.bos_token or tokenizer.eos_token
+        self.spec = self.__name__ if self.can_be_spelt else None
 
     def __call__(self, completions: list, **_) -> Tensor:
         """(B,) probabilities, or 0 and 1, in float64 on the CPU."""
-        texts = [text if text.strip() else self.blank for text in map(text_of, completions)]
-        if not self._placed:
-            self.model.to(_device())
-            self._placed = True
-        # Texts of like length share a batch, so that little of it is padding.
-        order = torch.tensor(sorted(range(len(texts)), key=lambda n: len(texts[n])), dtype=torch.int64)
-        values = torch.zeros(len(texts), dtype=torch.float64)
-        for part in order.split(self.batch_size) if len(order) else ():
-            values[part] = self._probability([texts[n] for n in part.tolist()])
+        values = self.per_text([text_of(c) for c in completions], self._probability)
         return values if self.threshold is None else (values > self.threshold).double()
 
-    @torch.no_grad()
-    def _probability(self, texts: list[str]) -> Tensor:
-        inputs = self.tokenizer(
-            texts, padding=True, padding_side="right", truncation=True, max_length=self.limit, return_tensors="pt"
-        )
-        logits = self.model(**inputs.to(self.model.device)).logits.float()
-        if self.sigmoid:
-            return logits[:, self.index].sigmoid().double().cpu()
-        return logits.softmax(-1)[:, self.index].double().cpu()
-
-
-def _device() -> torch.device:
-    """The accelerator's device where a trainer has set one up (it may have been told to use the CPU), else the best."""
-    if is_initialized():
-        return AcceleratorState().device
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    def _probability(self, outputs, mask: Tensor) -> Tensor:
+        logits = outputs.logits.float()
+        return logits[:, self.index].sigmoid() if self.sigmoid else logits.softmax(-1)[:, self.index]
 
 
 def spelt_classifier(text: str) -> Classifier:
@@ -168,3 +128,72 @@ def spelt_classifier(text: str) -> Classifier:
     except ValueError as error:
         raise ValueError(f"feature {'classifier:' + text!r}: the threshold {threshold!r} is not a number.") from error
     return classifier(model, known, output="label", threshold=bound)
+
+
+def similarity(
+    model: str | PreTrainedModel,
+    texts: str | Path | Sequence[str],
+    processing_class: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 64,
+) -> "Similarity":
+    """A feature in [-1, 1]: the cosine between the completion's embedding and that of the nearest reference text.
+
+        Reference() * Reward(similarity("org/encoder", ["A dragon slept.", "The end."]), beta=0.1)
+
+    As text, `similarity:org/encoder=texts.txt`. An embedding is the mean of the last hidden states over a text's tokens
+    (Sentence-BERT, Reimers & Gurevych 2019, arXiv 1908.10084), so any encoder or decoder will do.
+
+    Args:
+        model: Hub id, path or model.
+        texts: the reference texts, or a file with one in each line.
+        processing_class: the model's own tokenizer; default the one beside it.
+        batch_size: texts in a forward pass.
+
+    Raises:
+        ValueError: no such file, no text, or a tokenizer of another model.
+    """
+    return Similarity(model, texts, processing_class, batch_size)
+
+
+class Similarity(TextModel):
+    """The function that `similarity` makes; `spec` is its text, or None where it can't be made again from text."""
+
+    def __init__(self, model, texts, processing_class, batch_size: int):
+        file = texts if isinstance(texts, (str, Path)) else None
+        if file is not None:
+            if not Path(file).is_file():
+                raise ValueError(f"similarity: there is no file {str(file)!r} with texts (looked in {Path.cwd()}).")
+            texts = Path(file).read_text(encoding="utf-8").splitlines()
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            raise ValueError(f"similarity needs a text to compare with, and {file or 'the list'} has none.")
+        super().__init__(model, AutoModel.from_pretrained, processing_class, batch_size, "encoder")
+        name = f"{self.path or type(self.model).__name__}={file or f'{len(texts)} texts'}"
+        self.__name__ = f"similarity:{name}"
+        self.spec = self.__name__ if self.can_be_spelt and file is not None else None
+        self.texts, self._references = texts, None
+
+    def __call__(self, completions: list, **_) -> Tensor:
+        """(B,) cosines in float64 on the CPU."""
+        if self._references is None:
+            self._references = self.per_text(self.texts, _embedding)
+        values = self.per_text([text_of(c) for c in completions], _embedding)
+        return (values @ self._references.T).amax(-1) if len(values) else values
+
+
+def _embedding(outputs, mask: Tensor) -> Tensor:
+    """(B, H) unit vectors: the mean over each text's tokens."""
+    weight = mask[..., None].float()
+    mean = (outputs.last_hidden_state.float() * weight).sum(1) / weight.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def spelt_similarity(text: str) -> Similarity:
+    """The feature spelt `similarity:MODEL=FILE`; the last `=` divides."""
+    model, _, file = text.rpartition("=")
+    if not model or not file:
+        raise ValueError(
+            f"feature {'similarity:' + text!r}: spell it similarity:MODEL=FILE, as in similarity:org/encoder=texts.txt, with a "
+            "text in each line of the file."
+        )
+    return similarity(model, file)

@@ -49,6 +49,8 @@ FLOORS = [
         "rollouts",
         "sampling",
         "scorers",
+        "reward_models",
+        "text_models",
     ],
     ["targets", "replay", "quasi_rejection"],
     ["trainers"],

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..divergences import get_divergence
-from ..features import Feature
+from ..features import Feature, map_file
 from ..moment_window import MomentWindow
 from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
@@ -327,11 +327,9 @@ class Target(Factor):
 
 
 def _map_files(arguments: dict, change: Callable[[Path], str]) -> dict:
-    """The arguments with the file of every feature spelt file.py:function replaced."""
-
-    def mapped(spec: str) -> str:
-        source, _, name = spec.rpartition(":")
-        return f"{change(Path(source))}:{name}" if source.endswith(".py") else spec
-
-    spelt = {"feature": mapped, "reward_funcs": lambda specs: [mapped(spec) for spec in specs]}
+    """The arguments with the files that features are spelt with replaced."""
+    spelt = {
+        "feature": lambda spec: map_file(spec, change),
+        "reward_funcs": lambda specs: [map_file(spec, change) for spec in specs],
+    }
     return {key: spelt[key](value) if key in spelt else value for key, value in arguments.items()}

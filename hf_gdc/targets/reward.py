@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..features import Feature
+from ..features import READY, Feature
+from ..reward_models import reward_model
 from ..rollouts import Rollouts
 from .base import Factor
 
@@ -18,23 +20,36 @@ class Reward(Factor):
     """exp(sum_k weight_k * r_k(x) / beta), also a soft constraint.
 
     Args:
-        reward_funcs: one reward function, or several, as TRL takes them; a function may return None for "not applicable".
+        reward_funcs: one reward function, or several, as TRL takes them: a function (it may return None for "not
+            applicable"), a feature as text, or a reward model, by its Hub id, its path or as a model (see
+            `hf_gdc.reward_models`).
         beta: the temperature, > 0, as in TRL: small beta weighs the reward more against staying near the reference.
         reward_weights: a weight for each function; default 1.
         names: what the functions are called in logs; default their own names.
+        reward_processing_classes: for each function that is a reward model its own tokenizer, else None; default those
+            beside the models. One function needs no list.
 
     Raises:
-        ValueError: beta <= 0, or weights or names that don't match the functions.
+        ValueError: beta <= 0; weights, names or tokenizers that don't match the functions; a model that is no reward model.
     """
 
     def __init__(
         self,
-        reward_funcs: "str | Callable | Sequence[str | Callable]",
+        reward_funcs: "str | Callable | PreTrainedModel | Sequence[str | Callable | PreTrainedModel]",
         beta: float,
         reward_weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None" = None,
     ):
-        listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        listed, tokenizers = _as_list(reward_funcs), _as_list(reward_processing_classes)
+        if reward_processing_classes is None:
+            tokenizers = [None] * len(listed)
+        if len(tokenizers) != len(listed):
+            raise ValueError(
+                f"{len(listed)} reward functions need as many reward_processing_classes, not {len(tokenizers)}: None for those "
+                "that are no reward models."
+            )
+        listed = [_function(source, tokenizer) for source, tokenizer in zip(listed, tokenizers, strict=True)]
         if names is not None and len(names) != len(listed):
             raise ValueError(f"{len(listed)} reward functions need as many names, not {len(names)}.")
         named = zip(listed, names or [None] * len(listed), strict=True)
@@ -69,3 +84,20 @@ class Reward(Factor):
         specs = [feature.spec for feature in self.features]
         names = [feature.name for feature in self.features]  # files move when a target is saved, names stay
         return {"reward_funcs": specs, "beta": self.beta, "reward_weights": self.weights, "names": names}
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _function(source, tokenizer: PreTrainedTokenizerBase | None) -> "str | Callable":
+    """A feature as it is; a reward model, given as a model or by a name without a colon, as a function."""
+    if isinstance(source, PreTrainedModel) or isinstance(source, str) and ":" not in source and source not in READY:
+        return reward_model(source, tokenizer)
+    if isinstance(source, str) and source.startswith("reward_model:") and tokenizer is not None:
+        return reward_model(source.partition(":")[2], tokenizer)
+    if tokenizer is not None:
+        raise ValueError(
+            f"reward_processing_classes are for reward models, and {source!r} is a function: give None there."
+        )
+    return source
