@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import nn
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # model.layers.3.mlp.weight, transformer.h.3.attn.weight
+WRAPPERS = re.compile(r"_(?:checkpoint|fsdp)_wrapped_module\.|_orig_mod\.")
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -56,33 +57,45 @@ class ParameterBlocks:
 
     def __init__(self, model: nn.Module, count: int, steps: int):
         self.count, self.steps = max(1, count), steps
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        numbers = [None if found is None else int(found[1]) for found in (LAYER.search(name) for name, _ in named)]
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        numbers = [None if found is None else int(found[1]) for found in map(LAYER.search, names)]
         layers = sorted({number for number in numbers if number is not None})
         if self.count > max(1, len(layers)):
             raise ValueError(
                 f"cycle_blocks={count}, but the model has trainable parameters in {len(layers)} layers: there can be no more "
                 "blocks than layers."
             )
-        self.blocks: list[list[nn.Parameter]] = [[] for _ in range(self.count)]
         first = next((at for at, number in enumerate(numbers) if number is not None), 0)
-        for at, ((_, parameter), number) in enumerate(zip(named, numbers, strict=True)):
+        self.block_of: dict[str, int] = {}
+        for at, (name, number) in enumerate(zip(names, numbers, strict=True)):
             if number is None:
-                block = 0 if at < first else self.count - 1
+                self.block_of[name] = 0 if at < first else self.count - 1
             else:
-                block = layers.index(number) * self.count // len(layers)
-            self.blocks[block].append(parameter)
+                self.block_of[name] = layers.index(number) * self.count // len(layers)
 
     def current(self, step: int) -> int:
         """The block whose turn it is in the optimizer step after `step` finished ones."""
         return step // self.steps % self.count
 
-    def drop_gradients(self, step: int) -> None:
-        """Forget the gradients of all blocks but the current one."""
-        for number, parameters in enumerate(self.blocks):
-            if number != self.current(step):
-                for parameter in parameters:
-                    parameter.grad = None
+    def drop_gradients(self, model: nn.Module, step: int) -> None:
+        """Forget the gradients of all blocks but the current one; by name, since sharding makes new parameters.
+
+        Raises:
+            ValueError: a wrapper has merged parameters.
+        """
+        if self.count == 1:
+            return
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            block = self.block_of.get(WRAPPERS.sub("", name))
+            if block is None:
+                raise ValueError(
+                    f"cycle_blocks drops gradients by name, and {name!r} is no parameter of the model as it was loaded: FSDP "
+                    "needs version 2, or use_orig_params=True."
+                )
+            if block != self.current(step):
+                parameter.grad = None
 
 
 class Incremental:
@@ -102,5 +115,5 @@ class Incremental:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.parameter_blocks.drop_gradients(self.state.global_step)
+        self.parameter_blocks.drop_gradients(self.model, self.state.global_step)
         return loss

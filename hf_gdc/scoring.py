@@ -107,7 +107,13 @@ class Scorer:
             logits_NV = self.model(**inputs).logits[:, -length:][keep]
             return lambda part: logits_NV[part]
         hidden_NH = lm.base_model(**inputs).last_hidden_state[:, -length:][keep]
-        return torch.no_grad()(lambda part: lm.get_output_embeddings()(hidden_NH[part]))
+        head = lm.get_output_embeddings()
+
+        def logits(part: slice) -> Tensor:
+            with torch.no_grad(), torch.autocast(hidden_NH.device.type, enabled=False):  # called inside the policy's
+                return head(hidden_NH[part])
+
+        return logits
 
     def _inputs(
         self, prompt_ids_BP: Tensor, prompt_mask_BP: Tensor, completion_ids_BT: Tensor, completion_mask_BT: Tensor
