@@ -12,6 +12,7 @@ FLOORS = [
     [
         "custom_generate",
         "intervals",
+        "kv_cache",
         "divergences",
         "moments",
         "objectives",
