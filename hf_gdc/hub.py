@@ -11,7 +11,13 @@ from string import Template
 
 
 def write_model_card(
-    folder: "str | Path", title: str, formula: str, command: str, results: dict[str, float], data: str
+    folder: "str | Path",
+    title: str,
+    formula: str,
+    command: str,
+    results: dict[str, float],
+    data: str,
+    base_model: str | None = None,
 ) -> None:
     """Write README.md into a model's folder: what it is, its target, how it was made, what was measured.
 
@@ -22,11 +28,14 @@ def write_model_card(
         command: what makes the model again.
         results: measured values by name.
         data: what it was trained on.
+        base_model: what it started from; the card links it if it is an id of the Hub, not a folder.
     """
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
     template = Template(files("hf_gdc").joinpath("templates/model_card.md").read_text())
+    linked = base_model is not None and not Path(base_model).exists()
     text = template.substitute(
+        base_model=f"base_model: {base_model}\n" if linked else "",
         title=title,
         formula=formula,
         command=command,

@@ -28,8 +28,10 @@ from transformers import (
 )
 
 from .encoding import tokenize_prompts
+from .kv_cache import roomy_cache
 from .partition import prompt_key
 from .rollouts import Rollouts, completion_mask
+from .scoring import causal_lm
 
 
 class _Draw(LogitsProcessor):
@@ -204,9 +206,13 @@ class TransformersSampler:
             pad_token_id=self._pad_id,
             **{"use_cache": True, **self.generation_kwargs},
         )
+        cache = None
+        if not self.generation_kwargs.keys() & {"use_cache", "cache_implementation"}:
+            cache = roomy_cache(causal_lm(model), prompt_ids.shape[1] + self.max_completion_length)
         with _neutral_generation_config(model, config), _contiguous_rows(model), autocast(), evaluating(model):
             sequences = model.generate(
                 prompt_ids,
+                **({} if cache is None else {"past_key_values": cache}),
                 attention_mask=prompt_mask.long(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([draw]),

@@ -13,6 +13,7 @@ FLOORS = [
         "custom_generate",
         "intervals",
         "dense",
+        "kv_cache",
         "divergences",
         "incremental",
         "moments",

@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             command="accelerate launch recipes/gdc/run.py --config recipes/gdc/config.yaml",
             results=shown,
             data=run.data or "the empty prompt",
+            base_model=model.model_name_or_path,
         )
     for name, value in shown.items():
         print(f"{name:40} {value:.4g}")
