@@ -19,6 +19,7 @@ _PUBLIC = {
     "rollouts": ["Rollouts"],
     "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
+    "trainers.ppo": ["PPOConfig", "PPOTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

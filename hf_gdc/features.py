@@ -28,13 +28,15 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .ready_features import contains, count, length, max_words, regex, starts_with, text_of
+from .ready_features import contains, count, cut, length, max_words, regex, starts_with, text_of
 from .rollouts import Rollouts
 from .scorers import spelt_classifier, vader
 
-READY: dict[str, Callable] = {f.__name__: f for f in (contains, regex, count, starts_with, max_words, length, vader)}
+_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader)
+READY: dict[str, Callable] = {f.__name__: f for f in _HERE}
 READY["classifier"] = spelt_classifier
-EXAMPLES = {"max_words": "20", "vader": "compound", "classifier": "org/model=positive"}  # of arguments, for messages
+# of arguments, for messages
+EXAMPLES = {"max_words": "20", "cut": "0", "vader": "compound", "classifier": "org/model=positive"}
 
 
 def no_extras() -> dict:

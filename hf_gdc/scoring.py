@@ -12,7 +12,8 @@ H hidden, V vocabulary.
 """
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class PolicyOutput:
-    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs, and entropies if asked."""
+    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs; entropies and a critic's
+    values before each token if asked."""
 
     logps_BT: Tensor
     entropy_BT: Tensor | None = None
+    values_BT: Tensor | None = None
 
     @property
     def logp_B(self) -> Tensor:
@@ -40,6 +43,17 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@contextmanager
+def same_trainable(model: nn.Module):
+    """PEFT freezes every adapter that it switches off: give each parameter back what it had."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
+
+
 class Scorer:
     """Scores completions under one causal LM.
 
@@ -47,9 +61,14 @@ class Scorer:
         model: the unwrapped model (`PreTrainedModel` or `PeftModel`), before `accelerator.prepare`.
         autocast: gives the context for mixed precision, e.g. `accelerator.autocast`.
         chunk_elements: the most logits (tokens x vocabulary) that exist at once.
+
+    `critic`, which may be set, gives values (N,) of the real tokens from `critic(hidden_NH, run)`: from the backbone's
+    hidden states (N, H), or from those that `run(backbone)` gives of another one for the same inputs. It is a part of the
+    wrapped module.
     """
 
     def __init__(self, model: nn.Module, autocast=nullcontext, chunk_elements: int = 2**24):
+        self.critic: Callable | None = None
         self.model, self.autocast, self.chunk_elements = model, autocast, chunk_elements
         parameters = inspect.signature(causal_lm(model).forward).parameters
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
@@ -63,6 +82,7 @@ class Scorer:
         completion_mask_BT: Tensor,
         module: nn.Module | None = None,
         entropy: bool = False,
+        values: bool = False,
     ) -> PolicyOutput:
         """Log-probs of the completions.
 
@@ -71,6 +91,7 @@ class Scorer:
             completion_ids_BT, completion_mask_BT: right-padded completions; the mask keeps the first EOS.
             module: the accelerate-wrapped model to run through (needed where gradients are wanted).
             entropy: also give the entropies of the next-token distributions, without gradient.
+            values: also give the critic's values.
         """
         length = completion_ids_BT.shape[1]
         ids = torch.cat([prompt_ids_BP, completion_ids_BT[:, :-1]], 1)  # the last token is only a target
@@ -83,28 +104,47 @@ class Scorer:
         keep = completion_mask_BT.bool()
         targets_N = completion_ids_BT[keep]
 
-        if self._head_is_separate:
-            per_token = _run_inside(
+        if self._head_is_separate or values:
+            whole = self.model.forward  # the wrapper's call replaces it meanwhile
+            per_token, values_N = _run_inside(
                 self.model if module is None else module,
                 self.model,
-                lambda: self._backbone_pass(inputs, keep, targets_N, entropy),
+                lambda: self._backbone_pass(whole, inputs, keep, targets_N, entropy, values),
             )
         else:
             if "logits_to_keep" in self._accepts:
                 inputs["logits_to_keep"] = length
             with self.autocast():
                 logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
-            per_token = _token_stats(logits_BTV[keep], targets_N, entropy)
-        blank = torch.zeros(keep.shape, dtype=per_token[0].dtype, device=keep.device)
-        return PolicyOutput(*(blank.masked_scatter(keep, values_N) for values_N in per_token))
+            per_token, values_N = _token_stats(logits_BTV[keep], targets_N, entropy), None
 
-    def _backbone_pass(self, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+        def spread(numbers_N: Tensor | None) -> Tensor | None:
+            if numbers_N is None:
+                return None
+            return torch.zeros(keep.shape, dtype=numbers_N.dtype, device=keep.device).masked_scatter(keep, numbers_N)
+
+        return PolicyOutput(spread(per_token[0]), spread(per_token[1] if entropy else None), spread(values_N))
+
+    def _backbone_pass(self, whole: Callable, inputs: dict, keep_BT: Tensor, targets_N, entropy, values):
+        """Per-token numbers of the real tokens, and their values or None."""
         lm, length = causal_lm(self.model), keep_BT.shape[1]
-        with self.autocast():
-            hidden_BTH = lm.base_model(**inputs).last_hidden_state[:, -length:]
-            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N, entropy)
 
-    def rollouts(self, rollouts, module: nn.Module | None = None, entropy: bool = False) -> PolicyOutput:
+        def run(backbone: nn.Module) -> Tensor:
+            return backbone(**inputs).last_hidden_state[:, -length:][keep_BT]
+
+        with self.autocast():
+            if self._head_is_separate:
+                hidden_NH = run(lm.base_model)
+                per_token = self._in_chunks(lm.get_output_embeddings(), hidden_NH, targets_N, entropy)
+            else:
+                out = whole(**inputs, output_hidden_states=True)
+                hidden_NH = out.hidden_states[-1][:, -length:][keep_BT]
+                per_token = _token_stats(out.logits[:, -length:][keep_BT], targets_N, entropy)
+            return per_token, self.critic(hidden_NH, run) if values else None
+
+    def rollouts(
+        self, rollouts, module: nn.Module | None = None, entropy: bool = False, values: bool = False
+    ) -> PolicyOutput:
         """The same for `Rollouts`."""
         return self(
             rollouts.prompt_ids_BP,
@@ -113,6 +153,7 @@ class Scorer:
             rollouts.completion_mask_BT,
             module,
             entropy,
+            values,
         )
 
     def _in_chunks(self, head: nn.Module, hidden_NH: Tensor, targets_N: Tensor, entropy: bool) -> tuple[Tensor, ...]:

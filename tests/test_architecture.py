@@ -22,7 +22,19 @@ FLOORS = [
         "trl_compat",
         "models",
     ],
-    ["arguments", "actors", "checkpoints", "data", "encoding", "evaluation", "features", "hub", "loading", "metrics"]
+    [
+        "arguments",
+        "actors",
+        "checkpoints",
+        "critics",
+        "data",
+        "encoding",
+        "evaluation",
+        "features",
+        "hub",
+        "loading",
+        "metrics",
+    ]
     + [
         "acceptance",
         "pools",
@@ -30,6 +42,7 @@ FLOORS = [
         "certificates",
         "moment_window",
         "ready_features",
+        "ppo_arguments",
         "prompt_order",
         "reporting",
         "rollouts",

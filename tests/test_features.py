@@ -269,5 +269,5 @@ def test_bad_spellings(source, message):
 
 
 def test_every_ready_feature_is_tested():
-    here = {"contains", "regex", "count", "starts_with", "max_words", "length"}
+    here = {"contains", "regex", "count", "starts_with", "max_words", "length", "cut"}
     assert set(READY) == here | {"vader", "classifier"}  # these two in test_scorers.py
