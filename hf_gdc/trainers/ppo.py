@@ -176,9 +176,13 @@ class PPOTrainer(PolicyGradientTrainer):
                 stacklevel=2,
             )
         kl = float((scored_N.policy_logp - scored_N.reference_logp).mean())
-        score = float(scores_N.mean())
-        metrics = {"objective/kl": kl, "objective/scores": score, "objective/rlhf_reward": score - self.kl_coef * kl}
-        self._averages.add(metrics | {"objective/kl_coef": self.kl_coef})
+        metrics = {"objective/kl": kl}
+        if self.additive:
+            score = float(scores_N.mean())
+            metrics |= {"objective/scores": score, "objective/rlhf_reward": score - self.kl_coef * kl}
+        if self.reward is not None:
+            metrics["objective/kl_coef"] = self.kl_coef
+        self._averages.add(metrics)
         if self.args.kl_target is not None:
             samples, horizon = len(scores_N), self.args.kl_horizon
             self._set_kl_coef(adapted_kl_coef(self.kl_coef, kl, self.args.kl_target, samples, horizon))
