@@ -24,7 +24,9 @@ def lora(*modules: str) -> LoraConfig:
 
 def ppo(output_dir, lm=None, prompts=("a", "b a"), reward_funcs=tiny.count_a, **options) -> PPOTrainer:
     """A PPO trainer on the tiny language; `target`, `peft_config` and `callbacks` go to it, the rest is options."""
-    passed = {name: options.pop(name) for name in ("target", "peft_config", "callbacks", "optimizers") if name in options}
+    passed = {
+        name: options.pop(name) for name in ("target", "peft_config", "callbacks", "optimizers") if name in options
+    }
     defaults = {"max_completion_length": tiny.LENGTH, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     defaults |= {"max_steps": 1, "save_strategy": "no", "logging_steps": 1000, "learning_rate": 1e-2}
     defaults |= {"per_device_train_batch_size": 32, "num_generations": 16, "reference_samples": 64, "eval_samples": 64}
