@@ -20,6 +20,7 @@ _PUBLIC = {
     "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],
     "trainers.distillation": ["DistillationConfig", "DistillationTrainer"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
+    "trainers.ppo": ["PPOConfig", "PPOTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .loading import frozen_copy
 from .rollouts import Rollouts
 from .sampling import TransformersSampler, evaluating, unsharded
-from .scoring import Scorer
+from .scoring import PolicyOutput, Scorer, same_trainable
 
 
 class Actors:
@@ -85,6 +85,22 @@ class Actors:
         with self._policy_active():
             return self._score(self.scorer, rollouts)
 
+    def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
+        """Set per-token log pi of the policy as it is now, log a and, with a critic, the values before each token.
+
+        Returns what the policy's pass gave, entropies too.
+        """
+        device = self.accelerator.device
+        with self._policy_active():
+            out = outputs_in_parts(self.scorer, rollouts, self.batch_size, device, entropy=True, values=values)
+        with self._reference_active():
+            reference = outputs_in_parts(self._reference_scorer, rollouts, self.batch_size, device)
+        rollouts.policy_logps_BT, rollouts.values_BT = out.logps_BT, out.values_BT
+        rollouts.reference_logps_BT = reference.logps_BT
+        rollouts.policy_logp_B = out.logp_B.cpu().double()
+        rollouts.scores["reference_logp"] = reference.logp_B.cpu().double()
+        return out
+
     def reference_logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log a, computed once for the rollouts."""
         if "reference_logp" not in rollouts.scores:
@@ -123,7 +139,7 @@ class Actors:
             with unsharded(self._reference, self.accelerator) as model:
                 yield model
             return
-        with self._policy_active() as model, model.disable_adapter():
+        with self._policy_active() as model, same_trainable(model), model.disable_adapter():
             yield model
 
     def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
@@ -139,6 +155,26 @@ def score_in_parts(scorer: Scorer, rollouts: Rollouts, batch_size: int, device: 
     chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
     with evaluating(scorer.model):
         return torch.cat([scorer.rollouts(part.tokens_to(device)).logp_B.cpu().double() for part in chosen])
+
+
+@torch.no_grad()
+def outputs_in_parts(
+    scorer: Scorer,
+    rollouts: Rollouts,
+    batch_size: int,
+    device: torch.device,
+    entropy: bool = False,
+    values: bool = False,
+) -> PolicyOutput:
+    """Per-token numbers on `device`, `batch_size` completions at a time, with dropout off."""
+    length, joined = rollouts.completion_ids_BT.shape[1], {}
+    with evaluating(scorer.model):
+        for part in torch.arange(len(rollouts)).split(batch_size):
+            out = scorer.rollouts(rollouts.select(part).tokens_to(device), entropy=entropy, values=values)
+            for name, value in vars(out).items():
+                if value is not None:
+                    joined.setdefault(name, []).append(nn.functional.pad(value, (0, length - value.shape[1])))
+    return PolicyOutput(**{name: torch.cat(parts) for name, parts in joined.items()})
 
 
 def split_rows(rows: Sequence) -> tuple[list, dict[str, list]]:

@@ -30,14 +30,16 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .ready_features import contains, count, length, max_words, regex, starts_with, text_of
+from .ready_features import contains, count, cut, length, max_words, regex, starts_with, text_of
 from .reward_models import reward_model
 from .rollouts import Rollouts
 from .scorers import spelt_classifier, spelt_similarity, vader
 
-READY: dict[str, Callable] = {f.__name__: f for f in (contains, regex, count, starts_with, max_words, length, vader)}
+_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader)
+READY: dict[str, Callable] = {f.__name__: f for f in _HERE}
 READY |= {"classifier": spelt_classifier, "reward_model": reward_model, "similarity": spelt_similarity}
-EXAMPLES = {"max_words": "20", "vader": "compound", "classifier": "org/model=positive"}  # of arguments, for messages
+# of arguments, for messages
+EXAMPLES = {"max_words": "20", "cut": "0", "vader": "compound", "classifier": "org/model=positive"}
 EXAMPLES |= {"reward_model": "org/model", "similarity": "org/encoder=texts.txt"}
 
 

@@ -52,3 +52,11 @@ def length(unit: str = "tokens") -> Callable:
         raise ValueError(f"length:{unit} is unknown; say length:tokens, length:words or length:characters.")
     measure = (lambda text: len(text.split())) if unit == "words" else len
     return lambda completions, **_: [float(measure(text_of(c))) for c in completions]
+
+
+def cut(eos_ids: str) -> Callable:
+    """1.0 where the completion does not end with one of these token ids, `cut:0` or `cut:0,2`: it has no EOS."""
+    if not re.fullmatch(r"\d+(,\d+)*", eos_ids):
+        raise ValueError(f"cut:{eos_ids} is unknown; say the ids of EOS tokens, such as cut:0 or cut:0,2.")
+    ends = {int(number) for number in eos_ids.split(",")}
+    return lambda completion_ids, **_: [float(not ids or ids[-1] not in ends) for ids in completion_ids]

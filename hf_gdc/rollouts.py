@@ -28,6 +28,8 @@ class Rollouts:
         policy_logp_B: log pi of the policy at the time of the rollout; the same tensor where the policy was sampled from
             without warping.
         sampler_logps_BT: per-token log q, or None.
+        policy_logps_BT, reference_logps_BT: per-token log pi at the time of the rollout and log a, where a method asks.
+        values_BT: a critic's values before each token; advantages_BT, returns_BT: what a method made of them.
         log_score_B, log_z_B, baseline_B: log P, log Z and the baseline, set once by the trainer.
         prompts: B prompts, text or chat messages. columns: the dataset's other columns, B values each.
         texts: the decoded completions (special tokens skipped).
@@ -45,6 +47,11 @@ class Rollouts:
     log_score_B: Tensor | None = None
     log_z_B: Tensor | None = None
     baseline_B: Tensor | None = None
+    policy_logps_BT: Tensor | None = None
+    reference_logps_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
     prompts: list = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     columns: dict[str, list] = field(default_factory=dict)
@@ -83,7 +90,7 @@ class Rollouts:
 
         chosen = Rollouts(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
         longest = int(chosen.lengths_B.max()) if rows else 0
-        for name in ("completion_ids_BT", "completion_mask_BT", "sampler_logps_BT"):
+        for name in [f.name for f in fields(self) if f.name.endswith("_BT")]:
             if getattr(chosen, name) is not None:
                 setattr(chosen, name, getattr(chosen, name)[:, :longest])
         return chosen

@@ -13,7 +13,7 @@ H hidden, V vocabulary.
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class PolicyOutput:
-    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs, and, if asked, entropies
-    and a number of the caller's choice."""
+    """What one forward gives per token, (B, T), 0 where the completion's mask is 0: log-probs and, if asked, entropies, a
+    number of the caller's choice, and a critic's values before each token."""
 
     logps_BT: Tensor
     entropy_BT: Tensor | None = None
     extra_BT: Tensor | None = None
+    values_BT: Tensor | None = None
 
     @property
     def logp_B(self) -> Tensor:
@@ -43,6 +44,17 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@contextmanager
+def same_trainable(model: nn.Module):
+    """PEFT freezes every adapter that it switches off: give each parameter back what it had."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
+
+
 class Scorer:
     """Scores completions under one causal LM.
 
@@ -50,9 +62,14 @@ class Scorer:
         model: the unwrapped model (`PreTrainedModel` or `PeftModel`), before `accelerator.prepare`.
         autocast: gives the context for mixed precision, e.g. `accelerator.autocast`.
         chunk_elements: the most logits (tokens x vocabulary) that exist at once.
+
+    `critic`, which may be set, gives values (N,) of the real tokens from `critic(hidden_NH, run)`: from the backbone's
+    hidden states (N, H), or from those that `run(backbone)` gives of another one for the same inputs. It is a part of the
+    wrapped module.
     """
 
     def __init__(self, model: nn.Module, autocast=nullcontext, chunk_elements: int = 2**24):
+        self.critic: Callable | None = None
         self.model, self.autocast, self.chunk_elements = model, autocast, chunk_elements
         parameters = inspect.signature(causal_lm(model).forward).parameters
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
@@ -67,6 +84,7 @@ class Scorer:
         module: nn.Module | None = None,
         entropy: bool = False,
         extra: Callable[[Tensor, slice], Tensor] | None = None,
+        values: bool = False,
     ) -> PolicyOutput:
         """Log-probs of the completions.
 
@@ -77,21 +95,26 @@ class Scorer:
             entropy: also give the entropies of the next-token distributions, without gradient.
             extra: one more number per token, (n,), from the log-probs (n, V) of the n of all real tokens that the slice
                 says, with gradient. Called once more in the backward pass where tokens come in chunks.
+            values: also give the critic's values.
         """
         inputs, keep = self._inputs(prompt_ids_BP, prompt_mask_BP, completion_ids_BT, completion_mask_BT)
         length, targets_N = keep.shape[1], completion_ids_BT[keep]
-        if self._head_is_separate:
+        if self._head_is_separate or values:
+            whole = self.model.forward  # the wrapper's call replaces it meanwhile
             per_token = _run_inside(
                 self.model if module is None else module,
                 self.model,
-                lambda: self._backbone_pass(inputs, keep, targets_N, entropy, extra),
+                lambda: self._backbone_pass(whole, inputs, keep, targets_N, entropy, extra, values),
             )
         else:
             with self.autocast():
                 logits_BTV = (self.model if module is None else module)(**inputs).logits[:, -length:]
             per_token = _token_stats(logits_BTV[keep], targets_N, entropy, extra, slice(0, len(targets_N)))
-        blank = torch.zeros(keep.shape, dtype=per_token["logps_BT"].dtype, device=keep.device)
-        return PolicyOutput(**{name: blank.masked_scatter(keep, values_N) for name, values_N in per_token.items()})
+
+        def spread(numbers_N: Tensor) -> Tensor:
+            return torch.zeros(keep.shape, dtype=numbers_N.dtype, device=keep.device).masked_scatter(keep, numbers_N)
+
+        return PolicyOutput(**{name: spread(numbers_N) for name, numbers_N in per_token.items()})
 
     @torch.no_grad()
     def token_logits(self, rollouts) -> Callable[[slice], Tensor]:
@@ -132,14 +155,28 @@ class Scorer:
         return inputs, completion_mask_BT.bool()
 
     def _backbone_pass(
-        self, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool, extra
+        self, whole: Callable, inputs: dict, keep_BT: Tensor, targets_N: Tensor, entropy: bool, extra, values: bool
     ) -> dict[str, Tensor]:
+        """Numbers (N,) of the real tokens; `whole` is the model's own forward."""
         lm, length = causal_lm(self.model), keep_BT.shape[1]
-        with self.autocast():
-            hidden_BTH = lm.base_model(**inputs).last_hidden_state[:, -length:]
-            return self._in_chunks(lm.get_output_embeddings(), hidden_BTH[keep_BT], targets_N, entropy, extra)
 
-    def rollouts(self, rollouts, module: nn.Module | None = None, entropy: bool = False, extra=None) -> PolicyOutput:
+        def run(backbone: nn.Module) -> Tensor:
+            plain = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+            return backbone(**plain).last_hidden_state[:, -length:][keep_BT]
+
+        with self.autocast():
+            if self._head_is_separate:
+                hidden_NH = run(lm.base_model)
+                per_token = self._in_chunks(lm.get_output_embeddings(), hidden_NH, targets_N, entropy, extra)
+            else:
+                out = whole(**inputs, output_hidden_states=True)
+                hidden_NH, logits_NV = out.hidden_states[-1][:, -length:][keep_BT], out.logits[:, -length:][keep_BT]
+                per_token = _token_stats(logits_NV, targets_N, entropy, extra, slice(0, len(targets_N)))
+            return per_token | ({"values_BT": self.critic(hidden_NH, run)} if values else {})
+
+    def rollouts(
+        self, rollouts, module: nn.Module | None = None, entropy: bool = False, extra=None, values: bool = False
+    ) -> PolicyOutput:
         """The same for `Rollouts`."""
         return self(
             rollouts.prompt_ids_BP,
@@ -149,6 +186,7 @@ class Scorer:
             module,
             entropy,
             extra,
+            values,
         )
 
     def _in_chunks(

@@ -51,6 +51,16 @@ def test_counts_and_lengths():
     assert values("length:tokens", *texts) == values("length", *texts) == in_tokens
 
 
+def test_cut_completions_end_with_no_eos():
+    rollouts = rollouts_by_hand(["ab", "", "abc"])
+    (eos,) = rollouts.completion_ids()[1]
+    assert Feature(f"cut:{eos}")(rollouts).tolist() == [1, 0, 1]
+    last = rollouts.completion_ids()[2][-1]
+    assert Feature(f"cut:{eos},{last}")(rollouts).tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="say the ids of EOS tokens"):
+        Feature("cut:</s>")
+
+
 def test_chat_completions():
     chat = [{"role": "user", "content": "dragon?"}]
     rollouts = rollouts_by_hand(["no", "a dragon"], prompts=[chat, chat])
@@ -269,6 +279,6 @@ def test_bad_spellings(source, message):
 
 
 def test_every_ready_feature_is_tested():
-    here = {"contains", "regex", "count", "starts_with", "max_words", "length"}
+    here = {"contains", "regex", "count", "starts_with", "max_words", "length", "cut"}
     there = {"vader", "classifier", "similarity", "reward_model"}  # in test_scorers.py and test_reward_models.py
     assert set(READY) == here | there

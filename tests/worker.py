@@ -13,25 +13,43 @@ from transformers import TrainerCallback
 from hf_gdc import Rollouts
 
 
-def training(output_dir: str, resume: str, kill_at: str, *options: str) -> None:
-    """Train; die by SIGKILL right after step `kill_at` (0: never); save the end's weights, log Z and lambda."""
+def killer(kill_at: str) -> TrainerCallback:
+    """Dies by SIGKILL right after step `kill_at` (0: never)."""
 
     class Killer(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == int(kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    return Killer()
+
+
+def training(output_dir: str, resume: str, kill_at: str, *options: str) -> None:
+    """Train; die by SIGKILL right after step `kill_at` (0: never); save the end's weights, log Z and lambda."""
     settings = {"max_steps": 12, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_steps": 5}
     settings |= {"save_strategy": "steps", "num_iterations": 2, "steps_per_generation": 2, "num_generations": 16}
     settings |= {name: int(value) for name, _, value in (option.partition("=") for option in options)}
     lm = tiny.model(0, 0.5, torch.float32)
     trainer = tiny.trainer(tiny.HARD["pointwise and moment"](), output_dir, lm, ["a", "b", "b a"], **settings)
-    trainer.add_callback(Killer())
+    trainer.add_callback(killer(kill_at))
     trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
     if trainer.is_world_process_zero():
         state = {"weights": trainer.model.state_dict(), "partition": trainer.partition.state_dict()}
         state |= {"lambda": [m.lam for m in trainer.target.moments], "random": torch.rand(3)}
         torch.save(state, Path(output_dir) / "end.pt")
+
+
+def ppo(output_dir: str, resume: str, kill_at: str) -> None:
+    """PPO, as `training`: save the end's weights, the critic's among them, and the KL coefficient of each process."""
+    from test_ppo import ppo as ppo_trainer
+
+    settings = {"max_steps": 8, "per_device_train_batch_size": 16, "num_iterations": 2, "steps_per_generation": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "kl_target": 0.5, "critic_learning_rate": 3e-2}
+    trainer = ppo_trainer(output_dir, prompts=["a", "b", "b a"], callbacks=[killer(kill_at)], **settings)
+    trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
+    state = {"weights": trainer.model.state_dict(), "kl_coef": trainer.kl_coef, "random": torch.rand(3)}
+    state |= {"texts": trainer._last_rollouts.texts, "tokens": trainer._tokens_per_sample}
+    torch.save(state, Path(output_dir) / f"end{trainer.args.process_index}.pt")
 
 
 def same_rollouts(folder: str, processes: str, replayed: str) -> None:
@@ -99,5 +117,7 @@ def plain_run(output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    {"training": training, "same_rollouts": same_rollouts, "plain_run": plain_run}[sys.argv[1]](*sys.argv[2:])
+    {"training": training, "ppo": ppo, "same_rollouts": same_rollouts, "plain_run": plain_run}[sys.argv[1]](
+        *sys.argv[2:]
+    )
     PartialState().destroy_process_group()  # or a process may abort while the other exits

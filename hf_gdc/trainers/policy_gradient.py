@@ -51,13 +51,14 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter; the reference is then the model with its adapter off.
 
-    Subclasses give `divergence` and `policy_loss`.
+    Subclasses give `divergence` and `policy_loss`; with a critic also `uses_values`, `score_tokens` and `assign_credit`.
 
     Raises:
         ValueError: what can't work, before anything is computed or written.
     """
 
     divergence: Divergence
+    uses_values = False  # the policy's forward gives a critic's values too
 
     def __init__(
         self,
@@ -126,6 +127,12 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         """Loss per sample and metrics, each (B,), from pseudo-rewards -f'(pi/p)."""
         raise NotImplementedError
 
+    def score_tokens(self, rollouts: Rollouts) -> None:
+        """Set per-token numbers of fresh rollouts, before they are weighed."""
+
+    def assign_credit(self, rollouts: Rollouts, scored_N: Scored) -> None:
+        """Set per-token advantages of weighed rollouts; `scored_N` are the numbers of all processes' samples."""
+
     def pseudo_reward(self, log_t: Tensor) -> Tensor:
         """-f'(pi/p) from log t = log pi - log p, elementwise."""
         return -self.divergence.f_prime(log_t)
@@ -139,7 +146,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
 
     def sample_losses(self, model, rollouts: Rollouts) -> tuple[Tensor, PolicyOutput]:
         """(B,) losses of weighed rollouts, whose mean over samples of q has the divergence's gradient."""
-        out = self.actors.scorer.rollouts(rollouts, module=model)
+        out = self.actors.scorer.rollouts(rollouts, module=model, values=self.uses_values)
         known_B = rollouts.log_z_B > -torch.inf  # a prompt whose Z is still 0 has no target yet
         log_p_B = rollouts.log_score_B - torch.where(known_B, rollouts.log_z_B, 0.0)
         known_B, log_p_B = known_B.to(out.logp_B.device), log_p_B.to(out.logp_B.dtype).to(out.logp_B.device)
@@ -163,6 +170,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         if not self._fitted:
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
+        self.score_tokens(rollouts)
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
@@ -171,6 +179,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             fresh, rollouts = rollouts, self.replay.join(rollouts)
             self.replay.add(fresh)
         scored_N, log_z_N = self.weigh(rollouts)
+        self.assign_credit(rollouts, scored_N)
         metrics |= rollout_metrics(scored_N, log_z_N, self.partition)
         self._averages.add(metrics, samples=len(rows) * self.args.world_size)
         return rollouts
