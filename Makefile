@@ -19,7 +19,7 @@ quickstart: $(VENV)/installed ## pretrain a small GPT, then match it to a target
 	$(ACCELERATE) recipes/quickstart/run.py --config recipes/quickstart/config.yaml $(OPTIONS)
 
 test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q $(OPTIONS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/installed ## checks that take minutes each
 	$(BIN)/python -m pytest -q -m slow $(OPTIONS)

@@ -2,6 +2,8 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
