@@ -1,6 +1,9 @@
 """PPO's gradient by enumeration, its pieces against formulas of their own, its critic through save, load and resume."""
 
 import math
+import runpy
+import warnings
+from pathlib import Path
 
 import pytest
 import tiny
@@ -8,7 +11,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from hf_gdc import Moment, PPOConfig, PPOTrainer, Reference, Reward
+from hf_gdc import Moment, PPOConfig, PPOTrainer, Reference, Reward, Target
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "ppo" / "run.py"
 
 PLAIN = {"cliprange": None, "cliprange_value": None, "whiten_advantages": False, "lam": 1.0, "gamma": 1.0}
 PLAIN |= {"num_iterations": 1, "vf_coef": 0.0, "loss_reduction": "sequence"}
@@ -97,7 +102,8 @@ def test_micro_batches_add_up_to_the_whole(tmp_path):
     """However a set of rollouts is cut, the mean of the parts' losses is the whole's, and tokens weigh the same."""
     trainer = ppo(tmp_path, tiny.model(0, 2.0))
     rollouts = weighed(trainer)
-    torch.nn.init.normal_(trainer.model.critic.head.weight)  # the values have moved, and so has the policy
+    rollouts.sampler_logp_B = rollouts.policy_logp_B  # which generation recorded in float32
+    torch.nn.init.normal_(trainer.model.critic.head.weight, std=0.1)  # the values have moved, and so has the policy
     trainer.model.lm_head.weight.data *= 1.3
     rollouts = rollouts.select(rollouts.lengths_B.sort().indices)  # short ones first: parts differ in tokens
     whole, out = trainer.sample_losses(trainer.model, rollouts)
@@ -166,12 +172,12 @@ def test_a_warped_sampler_is_corrected_for(tmp_path):
     assert weight.std() > 0.1
     by_token = ppo(tmp_path, tiny.model(0, 1.0), importance_sampling_level="token", **options)
     tokens = by_token._sampler_weight(rollouts)
-    torch.testing.assert_close(tokens.prod(-1, keepdim=True), weight)
+    torch.testing.assert_close(tokens.prod(-1, keepdim=True), weight, rtol=1e-5, atol=0)
     limited = ppo(tmp_path, tiny.model(0, 1.0), importance_clip=0.9, **options)._sampler_weight(rollouts)
     torch.testing.assert_close(limited, weight.clamp(max=0.9))
     plain = ppo(tmp_path, tiny.model(0, 1.0), prompts=None)
     ones = plain._sampler_weight(plain._make_rollouts([{"prompt": ""}] * 8))
-    torch.testing.assert_close(ones, torch.ones_like(ones))
+    torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=1e-5)
 
 
 def test_the_kl_coefficient_adapts(tmp_path):
@@ -239,3 +245,151 @@ def test_a_cut_completion_is_the_end(tmp_path):
     assert 0 < int(cut.sum()) < 64
     counts = torch.tensor(tiny.count_a(rollouts.completion_ids())).double()
     torch.testing.assert_close(rollouts.returns_BT[cut, -1], counts[cut])
+
+
+# ---- what a user may do, and be told ----
+
+
+def test_chat_prompts_and_evaluation(tmp_path):
+    """Chat and text prompts, several weighted reward functions, a None, and every number that the page promises."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    )
+    chats = [[{"role": "user", "content": text}] for text in ("b", "a b")]
+    seen = []
+
+    def answered(completions, topic, **_):
+        seen.append(({type(c) for c in completions}, set(topic)))
+        return [None if name == "none" else 1.0 for name in topic]
+
+    trainer = PPOTrainer(
+        tiny.model(0, 0.5, torch.float32),
+        [tiny.count_a, answered],
+        PPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            logging_steps=1,
+            per_device_train_batch_size=32,
+            max_completion_length=3,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            eval_samples=64,
+            reference_samples=64,
+        ),
+        reward_weights=[1.0, 0.5],
+        train_dataset=Dataset.from_dict({"prompt": chats, "topic": ["none", "some"]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert seen and all(kinds == {list} for kinds, _ in seen)
+    log = next(row for row in trainer.state.log_history if "loss/value_avg" in row)
+    page = (RECIPE.with_name("README.md")).read_text()
+    promised = [name for line in page.split("## What is logged")[1].splitlines() for name in _names(line)]
+    assert len(promised) > 12 and not [name for name in promised if name not in log]
+    assert log["objective/rlhf_reward"] == pytest.approx(log["objective/scores"] - 0.05 * log["objective/kl"])
+    scores = log["features/count_a"] + 0.5 * 0.5  # half of the prompts have the second reward
+    assert log["objective/scores"] == pytest.approx(scores, rel=1e-4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_kl_policy_target"] >= -0.5 and "eval_js" in metrics
+
+
+def _names(line: str) -> list[str]:
+    """The metrics that a row of the page's table explains."""
+    first = line.split("|")[1] if line.startswith("| `") else ""
+    return [name for name in first.replace("`", "").replace(",", " ").split() if "/" in name]
+
+
+def test_rewards_that_are_all_equal_are_a_warning(tmp_path):
+    def constant(completions, **_):
+        return [0.7] * len(completions)
+
+    trainer = ppo(tmp_path, reward_funcs=constant)
+    with pytest.warns(UserWarning, match="all 32 completions of a set of rollouts got the same reward, 0.7"):
+        weighed(trainer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        weighed(ppo(tmp_path, reward_funcs=tiny.count_a))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda n: [float("nan")] * n, "feature 'bad' returned nan for sample 0"),
+        (lambda n: [1.0] * (n - 1), "feature 'bad' returned 31 values for 32 completions"),
+        (lambda n: [float("inf")] * n, "feature 'bad' returned inf for sample 0"),
+    ],
+)
+def test_bad_rewards_are_refused(values, message, tmp_path):
+    def bad(completions, **_):
+        return values(len(completions))
+
+    with pytest.raises(ValueError, match=message):
+        weighed(ppo(tmp_path, reward_funcs=bad))
+
+
+def test_a_value_loss_that_explodes_is_limited(tmp_path):
+    """To ten times that of predicting 0, with a warning; its gradient shrinks with it. Not finite: an error."""
+    trainer = ppo(tmp_path, tiny.model(0, 1.0), cliprange_value=None, vf_coef=1.0, whiten_advantages=False)
+    rollouts = weighed(trainer)
+    small, _ = trainer.sample_losses(trainer.model, rollouts)
+    trainer.model.critic.head.bias.data.fill_(1000.0)
+    with pytest.warns(UserWarning, match="more than 10 times that of predicting 0, and was limited"):
+        large, out = trainer.sample_losses(trainer.model, rollouts)
+    mask, returns = rollouts.completion_mask_BT, rollouts.returns_BT
+    limit = 10 * 0.5 * max(float((returns**2)[mask].mean()), 1.0)
+    policy = small.mean() - 0.5 * (returns**2)[mask].mean()  # the values were 0
+    assert float((large.mean() - policy).detach()) == pytest.approx(limit, rel=1e-4)
+    (gradient,) = torch.autograd.grad(large.mean(), trainer.model.critic.head.bias)
+    assert float(gradient) == pytest.approx(2 * limit / 1000, rel=0.01)  # of (1000 - R)^2, scaled to the limit
+    trainer.model.critic.head.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the value loss is nan: the critic has diverged"):
+        trainer.sample_losses(trainer.model, rollouts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward_funcs": None}, "give either reward_funcs"),
+        ({"target": tiny.HARD["pointwise"]()}, "reverse_kl is infinite where a hard constraint forbids"),
+        (
+            {"target": Reference() * Moment(tiny.count_a, 0.8), "kl_target": 1.0},
+            "kl_target changes the target's reward",
+        ),
+        ({"kl_coef": 0.0}, "kl_coef must be positive, but is 0.0"),
+        ({"cliprange": -0.2}, "cliprange must be positive, but is -0.2"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be positive"),
+        ({"lam": 1.5}, "lam must be between 0 and 1, but is 1.5"),
+        ({"vf_coef": -0.1}, "vf_coef can't be negative"),
+        ({"kl_estimator": "k2"}, "kl_estimator must be 'k1' or 'k3', but is 'k2'"),
+        ({"replay_samples": 8, "fit_samples": 64}, "replay_samples mixes in samples without values"),
+        ({"num_ppo_epoch": 4}, "PPOConfig has no option `num_ppo_epoch`"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ppo(tmp_path, **options)
+
+
+def test_the_recipe(tmp_path):
+    """A reward and a penalty for cut completions, LoRA and a critic adapter; what it saves is whole."""
+    tiny.model(0, 0.5, torch.float32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    options = {"config": RECIPE.with_name("config.yaml"), "model_name_or_path": tmp_path / "base"}
+    options |= {"output_dir": tmp_path / "o", "reward": "count:a", "missing_eos_penalty": 0.5, "max_steps": 2}
+    options |= {"max_completion_length": 3, "per_device_train_batch_size": 32, "reference_samples": 128}
+    options |= {"eval_samples": 64, "use_peft": "true", "lora_r": 2, "lora_target_modules": "q_proj v_proj"}
+    options |= {"critic": "adapter", "use_cpu": "true", "disable_tqdm": "true"}
+    words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+    runpy.run_path(str(RECIPE))["main"](words)
+    folder = tmp_path / "o" / "model"
+    target = Target.from_pretrained(folder)
+    reward = target.terms[1][0]
+    assert [feature.name for feature in reward.features] == ["count:a", "missing_eos"]
+    assert reward.beta == 0.5 and reward.weights == [1.0, -0.5]
+    assert {"adapter_model.safetensors", "README.md"} <= {path.name for path in folder.iterdir()}
+    saved = {path.name for path in (folder / "critic").iterdir()}
+    assert {"critic.safetensors", "adapter_model.safetensors"} <= saved
+    assert "count:a" in (folder / "README.md").read_text()

@@ -20,6 +20,7 @@ from hf_gdc.objectives import (
     token_kl,
     whiten,
 )
+from hf_gdc.rollouts import completion_mask
 
 SIZE, LENGTH, BETA, GAMMA, LAM, CLIP = 5, 7, 0.3, 0.97, 0.9, 0.2
 FULL = [LENGTH] * SIZE
@@ -159,10 +160,10 @@ def test_every_term_is_that_of_trl(estimator, whiten_rewards):
     theirs = trl(r, FULL, estimator, whiten_rewards)
     rewards, advantages, returns = ours(r, estimator, whiten_rewards)
     for name, value in (("rewards", rewards), ("advantages", advantages), ("returns", returns)):
-        torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-6)  # its Bessel correction is in float32
     policy, value, clipped, held = losses(r, advantages, returns)
-    assert policy == pytest.approx(float(theirs["pg_loss"]), rel=1e-10)
-    assert value == pytest.approx(float(theirs["vf_loss"]), rel=1e-10)
+    assert policy == pytest.approx(float(theirs["pg_loss"]), rel=1e-5)
+    assert value == pytest.approx(float(theirs["vf_loss"]), rel=1e-5)
     assert clipped == pytest.approx(float(theirs["pg_clipfrac"]), rel=1e-6)
     assert held == pytest.approx(float(theirs["vf_clipfrac"]), rel=1e-6)
 
@@ -215,8 +216,6 @@ def test_difference_the_reward_comes_with_eos_and_not_behind_it():
 def test_difference_eos_is_scored_although_it_is_the_padding():
     """TRL takes the first padding id for the end: where that is EOS, EOS itself has no loss, and padding gets values."""
     ids, eos = torch.tensor([[4, 5, 0, 0, 0], [4, 5, 6, 7, 8]]), 0
-    from hf_gdc.rollouts import completion_mask
-
     assert completion_mask(ids, [eos]).sum(-1).tolist() == [3, 5]
     first_padding = (ids == eos).int().argmax(-1)[0]
     assert int(first_padding) == 2  # TRL: tokens 0 and 1 alone

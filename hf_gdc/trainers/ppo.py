@@ -91,7 +91,9 @@ class PPOTrainer(PolicyGradientTrainer):
             ids = ",".join(map(str, self.actors.sampler.eos_ids))
             self.reward.features.append(Feature(f"cut:{ids}", "missing_eos"))
             self.reward.weights.append(-args.missing_eos_penalty)
-        self.actors.scorer.critic = attach_critic(self.model, args.critic, args.critic_path)
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # every process starts the same adapter
+            self.actors.scorer.critic = attach_critic(self.model, args.critic, args.critic_path)
         if self.optimizer is not None:  # the user's
             self.optimizer.add_param_group({"params": critic_parameters(self.model)})
         self._tokens_per_sample = 1.0  # of the current rollouts, over all processes
