@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--pool_samples", type=int, default=2_400_000)
     parser.add_argument("--pool_batch", type=int, default=2048)
     parser.add_argument("--divergence", default="kl")
-    parser.add_argument("--fit_support", type=int, default=40, help="samples that satisfy it before training starts")
+    parser.add_argument("--fit_support", type=int, default=28, help="samples that satisfy it before training starts")
     parser.add_argument("--replay_samples", type=int, default=256)
     parser.add_argument("--replay_window", type=int, default=4096)
     parser.add_argument("--num_iterations", type=int, default=3)
