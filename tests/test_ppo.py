@@ -32,7 +32,7 @@ def ppo(output_dir, lm=None, prompts=("a", "b a"), reward_funcs=tiny.count_a, **
     defaults |= {"max_steps": 1, "save_strategy": "no", "logging_steps": 1000, "learning_rate": 1e-2}
     defaults |= {"per_device_train_batch_size": 32, "num_generations": 16, "reference_samples": 64, "eval_samples": 64}
     return PPOTrainer(
-        tiny.model(0, 0.5, torch.float32) if lm is None else lm,
+        tiny.model(3, 0.2, torch.float32) if lm is None else lm,
         None if "target" in passed else reward_funcs,
         args=PPOConfig(output_dir=str(output_dir), **defaults | options),
         train_dataset=None if prompts is None else Dataset.from_dict({"prompt": list(prompts)}),
@@ -158,7 +158,7 @@ def test_kl_coef_and_a_reward_factor_say_the_same(tmp_path):
         trainer.train()
         ends.append(trainer.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert not torch.equal(ends[0]["lm_head.weight"], tiny.model(0, 0.5, torch.float32).lm_head.weight)
+    assert not torch.equal(ends[0]["lm_head.weight"], tiny.model(3, 0.2, torch.float32).lm_head.weight)
 
 
 def test_a_warped_sampler_is_corrected_for(tmp_path):
@@ -264,13 +264,14 @@ def test_chat_prompts_and_evaluation(tmp_path):
         return [None if name == "none" else 1.0 for name in topic]
 
     trainer = PPOTrainer(
-        tiny.model(0, 0.5, torch.float32),
+        tiny.model(3, 0.2, torch.float32),
         [tiny.count_a, answered],
         PPOConfig(
             output_dir=str(tmp_path),
             max_steps=2,
             logging_steps=1,
             per_device_train_batch_size=32,
+            num_generations=16,
             max_completion_length=3,
             use_cpu=True,
             report_to="none",
@@ -375,7 +376,7 @@ def test_what_cannot_work_is_refused(options, message, tmp_path):
 
 def test_the_recipe(tmp_path):
     """A reward and a penalty for cut completions, LoRA and a critic adapter; what it saves is whole."""
-    tiny.model(0, 0.5, torch.float32).save_pretrained(tmp_path / "base")
+    tiny.model(3, 0.2, torch.float32).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     options = {"config": RECIPE.with_name("config.yaml"), "model_name_or_path": tmp_path / "base"}
     options |= {"output_dir": tmp_path / "o", "reward": "count:a", "missing_eos_penalty": 0.5, "max_steps": 2}

@@ -26,7 +26,7 @@ EVERY_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def base(tmp_path_factory):
     """A small model's folder, with its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
-    tiny.model(0, 0.5, torch.float32).save_pretrained(folder)
+    tiny.model(3, 0.2, torch.float32).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
@@ -169,10 +169,10 @@ def test_two_processes_train_one_critic(tmp_path):
 
 def test_policy_reference_and_critic_share_one_base(tmp_path):
     """Parameters and buffers, the reward's too, are at most 1.2 times those of the base model."""
-    lm = tiny.model(0, 0.5, torch.float32, hidden_size=128)
+    lm = tiny.model(3, 0.2, torch.float32, hidden_size=128)
     alone = sum(t.nbytes for t in (*lm.parameters(), *lm.buffers()))
     for kind in ("shared", "adapter"):
-        lm = tiny.model(0, 0.5, torch.float32, hidden_size=128)
+        lm = tiny.model(3, 0.2, torch.float32, hidden_size=128)
         trainer = ppo(tmp_path / kind, lm, critic=kind, peft_config=lora())
         trainer.train()
         assert alone < sum(t.nbytes for t in trainer.actors.tensors()) <= 1.2 * alone
@@ -191,13 +191,13 @@ def test_critics_that_do_not_fit_are_refused(tmp_path):
     refused("there is no critic in", tmp_path, critic_path=str(tmp_path))
     trainer = ppo(tmp_path / "small")
     trainer.save_model(str(tmp_path / "model"))
-    other = tiny.model(0, 0.5, torch.float32, hidden_size=32)
+    other = tiny.model(3, 0.2, torch.float32, hidden_size=32)
     refused("of another kind or size", tmp_path, other, critic_path=str(tmp_path / "model"))
     refused("so it does not fit", tmp_path, critic="adapter", peft_config=lora(), critic_path=str(tmp_path / "model"))
 
 
 def test_a_models_own_optimizer_gets_the_critic(tmp_path):
-    lm = tiny.model(0, 0.5, torch.float32)
+    lm = tiny.model(3, 0.2, torch.float32)
     optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
     trainer = ppo(tmp_path, lm, optimizers=(optimizer, None), max_steps=2)
     trainer.train()
@@ -207,10 +207,10 @@ def test_a_models_own_optimizer_gets_the_critic(tmp_path):
 def test_activation_checkpointing_changes_nothing(tmp_path):
     ends = []
     for name, on in (("plain", False), ("checkpointed", True)):
-        trainer = ppo(tmp_path / name, tiny.model(0, 0.5), max_steps=3, gradient_checkpointing=on)
+        trainer = ppo(tmp_path / name, tiny.model(3, 0.2), max_steps=3, gradient_checkpointing=on)
         trainer.train()
         assert trainer.model.is_gradient_checkpointing == on
         ends.append(trainer.model.state_dict())
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-6)
-    assert (ends[0]["lm_head.weight"] - tiny.model(0, 0.5).lm_head.weight).abs().max() > 1e-3
+    assert (ends[0]["lm_head.weight"] - tiny.model(3, 0.2).lm_head.weight).abs().max() > 1e-3
