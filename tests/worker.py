@@ -45,7 +45,7 @@ def ppo(output_dir: str, resume: str, kill_at: str) -> None:
 
     settings = {"max_steps": 8, "per_device_train_batch_size": 16, "num_iterations": 2, "steps_per_generation": 2}
     settings |= {"save_strategy": "steps", "save_steps": 3, "kl_target": 0.5, "critic_learning_rate": 3e-2}
-    trainer = ppo_trainer(output_dir, prompts=["a", "b", "b a"], callbacks=[killer(kill_at)], **settings)
+    trainer = ppo_trainer(output_dir, prompts=["a", "b", "b a", "a b"], callbacks=[killer(kill_at)], **settings)
     trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
     state = {"weights": trainer.model.state_dict(), "kl_coef": trainer.kl_coef, "random": torch.rand(3)}
     state |= {"texts": trainer._last_rollouts.texts, "tokens": trainer._tokens_per_sample}
