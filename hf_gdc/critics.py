@@ -82,7 +82,8 @@ def attach_critic(model: "PreTrainedModel | PeftModel", kind: str, path: str | N
         model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *own]
     if kind == "adapter" and path is None:
         policy = model.active_adapter
-        model.add_adapter(ADAPTER, _without_head(model, model.peft_config[policy]))
+        with same_trainable(model):
+            model.add_adapter(ADAPTER, _without_head(model, model.peft_config[policy]))
         _train_both(model, policy)
     if path is not None:
         load_critic(model, path)
@@ -122,15 +123,16 @@ def _critic_active(model: PeftModel):
 
 
 def _train_both(model: PeftModel, policy: str) -> None:
-    """Make the policy's adapter the active one, and the critic's trainable beside it."""
-    model.set_adapter(policy)
+    """Make the policy's adapter the active one, as trainable as it was, and the critic's trainable beside it."""
+    with same_trainable(model):  # PEFT would make all of the active adapter trainable
+        model.set_adapter(policy)
     model.set_requires_grad(ADAPTER)
 
 
-def critic_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What belongs to the critic alone."""
+def critic_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What belongs to the critic alone, by name."""
     named = model.named_parameters()
-    return [p for name, p in named if name.startswith("critic.") or f".{ADAPTER}." in f"{name}."]
+    return {name: p for name, p in named if name.startswith("critic.") or f".{ADAPTER}." in f"{name}."}
 
 
 def save_critic(model: nn.Module, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -173,5 +175,6 @@ def load_critic(model: nn.Module, folder: str) -> None:
         )
     if adapted:
         policy = model.active_adapter
-        model.load_adapter(str(places[0]), ADAPTER, is_trainable=True)
+        with same_trainable(model):
+            model.load_adapter(str(places[0]), ADAPTER, is_trainable=True)
         _train_both(model, policy)

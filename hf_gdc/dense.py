@@ -12,6 +12,8 @@ Off-policy every term is weighed by pi/q of its own prefix.
 Left out: models. Shapes: B samples, T completion tokens, N real tokens, V vocabulary, K kept tokens of it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def token_divergence(logp_NV: Tensor, log_p_NV: Tensor, divergence, top_k: int =
         log_p_NK, logp_NK = log_p_NK.log_softmax(-1), logp_NK.gather(-1, ids_NK)
     pi_NK, at_inf = logp_NK.exp(), divergence.f_prime_inf
     with torch.no_grad():
-        inside = log_p_NK > -torch.inf
+        least = -torch.inf if math.isinf(at_inf) else math.log(torch.finfo(exact).tiny)
+        inside = log_p_NK > least  # below, p is no number of this type: as good as 0, where that is finite
         log_t = torch.where(inside, logp_NK - log_p_NK, 0.0)
         value_NK = torch.where(inside, log_p_NK.exp() * divergence.f(log_t), _product(pi_NK, at_inf))
         slope_NK = torch.where(inside, divergence.f_prime(log_t), at_inf)
@@ -46,6 +49,12 @@ def token_divergence(logp_NV: Tensor, log_p_NV: Tensor, divergence, top_k: int =
             value_N = value_N + at_inf * (1 - pi_NK.sum(-1)).clamp_min(0)
             slope_NK = slope_NK - at_inf  # what the kept tokens gain, the others lose
         slope_NK = torch.where(pi_NK > 0, slope_NK, 0.0)
+        if math.isinf(at_inf) and not bool(value_N.isfinite().all()):
+            token = int((~value_NK[~value_N.isfinite()][0].isfinite()).nonzero()[0])
+            raise ValueError(
+                f"{divergence.name} is infinite: the target's next-token probability of token {token} is 0, or below the "
+                "smallest number, where the policy's is not. Use js, kl, tv, hellinger or alpha below 1."
+            )
     return _with_gradient(value_N, (pi_NK * slope_NK).sum(-1))
 
 

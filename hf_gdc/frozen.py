@@ -3,6 +3,7 @@
 Left out: sharding (such a model is whole on every process) and training. Shapes: B samples, P prompt, T completion.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .actors import score_in_parts
 from .rollouts import Rollouts
 from .sampling import evaluating
 from .scoring import Scorer
+
+_NUMBERS = itertools.count()
 
 
 class FrozenLM:
@@ -30,16 +33,15 @@ class FrozenLM:
         self.model.eval()
         self.batch_size = batch_size
         self.scorer = Scorer(self.model)
+        self.key = f"log-prob {next(_NUMBERS)} of {self.name}"  # of rollouts' scores: the same in every process and run
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log-probs in nats, in float64 on the CPU."""
-        key = f"log-prob of {id(self)}"
-        if key not in rollouts.scores:
+        if self.key not in rollouts.scores:
             self.follow(rollouts)
-            device = rollouts.completion_ids_BT.device
-            rollouts.scores[key] = score_in_parts(self.scorer, rollouts, self.batch_size, device)
-        return rollouts.scores[key]
+            rollouts.scores[self.key] = score_in_parts(self.scorer, rollouts, self.batch_size, self.model.device)
+        return rollouts.scores[self.key]
 
     def token_logits(self, rollouts: Rollouts) -> Callable[[slice], Tensor]:
         """The logits (n, V) at a slice of the completions' real tokens: see `Scorer.token_logits`."""
@@ -55,7 +57,9 @@ class FrozenLM:
                 f"{self.name} reads {self.context} tokens, and a prompt with its completion has {length}: shorten the prompts "
                 "or lower max_completion_length."
             )
-        self.model.to(rollouts.completion_ids_BT.device)
+        device = rollouts.completion_ids_BT.device
+        if device.type != "cpu":  # pools lie on the CPU, and come to the model a batch at a time
+            self.model.to(device)
 
     @property
     def path(self) -> str:

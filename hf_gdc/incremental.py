@@ -67,6 +67,7 @@ class ParameterBlocks:
             )
         first = next((at for at, number in enumerate(numbers) if number is not None), 0)
         self.block_of: dict[str, int] = {}
+        self.always: set[str] = set()  # names of parameters that belong to no block and always move
         for at, (name, number) in enumerate(zip(names, numbers, strict=True)):
             if number is None:
                 self.block_of[name] = 0 if at < first else self.count - 1
@@ -88,7 +89,10 @@ class ParameterBlocks:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            block = self.block_of.get(WRAPPERS.sub("", name))
+            plain = WRAPPERS.sub("", name)
+            block = self.block_of.get(plain)
+            if plain in self.always:
+                continue
             if block is None:
                 raise ValueError(
                     f"cycle_blocks drops gradients by name, and {name!r} is no parameter of the model as it was loaded: FSDP "

@@ -141,7 +141,9 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, mean: Tensor, variance: Tensor, shift_
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, samples: int, horizon: float) -> float:
     """Moves the KL coefficient so that KL comes to its target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
-    e = clip(KL / target - 1, -0.2, 0.2),     coefficient *= 1 + e * samples / horizon
+    e = clip(KL / target - 1, -0.2, 0.2),     coefficient *= 1 + e * min(samples / horizon, 1)
+
+    The minimum is ours: with more samples than horizon the coefficient could change its sign.
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
-    return kl_coef * (1.0 + error * samples / horizon)
+    return kl_coef * (1.0 + error * min(samples / horizon, 1.0))

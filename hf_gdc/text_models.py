@@ -5,6 +5,8 @@ Left out: what is made of its outputs (`scorers`, `reward_models`).
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
@@ -63,12 +65,12 @@ class TextModel:
                 "(reward_processing_classes in a Reward)."
             )
         self.limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or LONGEST)
-        if tokenizer.pad_token_id is None:
+        # Decoders read out the last token that is not config.pad_token_id. Without one nothing may be padded.
+        self.pads = getattr(config, "pad_token_id", None) is not None
+        if self.pads:
+            tokenizer.pad_token_id = config.pad_token_id
+        elif tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if (
-            getattr(config, "pad_token_id", None) is None
-        ):  # decoders need it to find the last token, which they read out
-            config.pad_token_id = tokenizer.pad_token_id
         self.blank = "" if tokenizer("")["input_ids"] else tokenizer.bos_token or tokenizer.eos_token
 
     @torch.no_grad()
@@ -79,27 +81,43 @@ class TextModel:
             value: gives one row per text of a batch.
             special_tokens: let the tokenizer add its own (a chat template has written them already).
         """
+        if not texts:
+            return torch.zeros(0, dtype=torch.float64)
         texts = [text if text.strip() else self.blank for text in texts]
         if not self._placed:
             self.model.to(_device())
             self._placed = True
-        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # so that little is padding
+        ids = self.tokenizer(texts, truncation=True, max_length=self.limit, add_special_tokens=special_tokens)[
+            "input_ids"
+        ]
         rows: list[Tensor] = [torch.zeros(0)] * len(texts)
-        for at in range(0, len(order), self.batch_size):
-            part = order[at : at + self.batch_size]
-            inputs = self.tokenizer(
-                [texts[n] for n in part],
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=self.limit,
-                add_special_tokens=special_tokens,
-                return_tensors="pt",
+        for part in self._batches([len(row) for row in ids]):
+            inputs = self.tokenizer.pad(
+                {"input_ids": [ids[n] for n in part]}, padding_side="right", return_tensors="pt"
             ).to(self.model.device)
-            values = value(self.model(**inputs), inputs["attention_mask"]).double().cpu()
+            with _reads_the_last_token(self.model.config, not self.pads):
+                values = value(self.model(**inputs), inputs["attention_mask"]).cpu().double()
             for n, row in zip(part, values, strict=True):
                 rows[n] = row
-        return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
+        return torch.stack(rows)
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Positions of texts of like length, or of equal length where nothing may be padded."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        groups = [order] if self.pads else [list(same) for _, same in groupby(order, lengths.__getitem__)]
+        return [group[at : at + self.batch_size] for group in groups for at in range(0, len(group), self.batch_size)]
+
+
+@contextmanager
+def _reads_the_last_token(config, wanted: bool):
+    """A decoder without a padding token refuses batches: give it one that no text has."""
+    if wanted:
+        config.pad_token_id = -1
+    try:
+        yield
+    finally:
+        if wanted:
+            config.pad_token_id = None
 
 
 def _device() -> torch.device:

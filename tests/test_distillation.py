@@ -1,6 +1,7 @@
 """Teachers and the dense estimator: exact gradients by enumeration, in both forms, and training that reaches the teacher."""
 
 import itertools
+import math
 
 import pytest
 import tiny
@@ -169,6 +170,26 @@ def test_far_from_the_teacher_the_divergence_stays_a_number(options):
     assert bool(torch.isfinite(value).all()) and value.min().item() > 0.1 and bool(torch.isfinite(gradient).all())
     if options["divergence"] in ("js", "tv", "hellinger", "reverse_kl", "kl"):
         assert gradient.abs().max().item() < 100
+
+
+@pytest.mark.parametrize("least", [-800.0, -1e4, float(torch.finfo(torch.float32).min), -float("inf")])
+@pytest.mark.parametrize("name", ["js", "kl", "tv", "hellinger"])
+def test_a_token_that_the_teacher_rules_out(name, least):
+    """Less than the smallest number is as good as 0: value and gradient are those at p = 0."""
+    logits = torch.tensor([[0.0, 0.0, 1.0]], requires_grad=True)
+    results = []
+    for lowest in (least, -float("inf")):
+        log_p = torch.tensor([[math.log(0.3), math.log(0.7), lowest]])
+        value = token_divergence(logits.log_softmax(-1), log_p, get_divergence(name))
+        results.append((value.item(), torch.autograd.grad(value.sum(), logits)[0]))
+    assert math.isfinite(results[0][0]) and bool(results[0][1].isfinite().all())
+    assert results[0][0] == pytest.approx(results[1][0]) and torch.allclose(results[0][1], results[1][1])
+
+
+def test_an_infinite_divergence_is_refused():
+    log_p = torch.tensor([[math.log(0.3), math.log(0.7), -float("inf")]])
+    with pytest.raises(ValueError, match="reverse_kl is infinite: .* of token 2 is 0"):
+        token_divergence(torch.zeros(1, 3, requires_grad=True).log_softmax(-1), log_p, get_divergence("reverse_kl"))
 
 
 @pytest.mark.parametrize("make", [small_gpt, gpt2, gemma2])

@@ -197,6 +197,43 @@ def test_the_kl_coefficient_adapts(tmp_path):
     torch.testing.assert_close(reward, trainer.kl_coef * (counts / before - kl))
 
 
+def test_the_users_reward_stays_as_it_is(tmp_path):
+    reward = Reward(tiny.count_a, beta=0.05)
+    for run in ("first", "second"):
+        options = {"kl_target": 0.01, "kl_horizon": 320, "missing_eos_penalty": 1.0}
+        trainer = ppo(tmp_path / run, target=Reference() * reward, **options)
+        trainer.train()
+        assert trainer.kl_coef != 0.05 and [f.name for f in trainer.reward.features] == ["count_a", "missing_eos"]
+        assert reward.beta == 0.05 and [feature.name for feature in reward.features] == ["count_a"]
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_blocks_of_the_policy_take_turns_and_the_critic_always_moves(critic, tmp_path):
+    lm = tiny.model(3, 0.2, torch.float32)
+    trainer = ppo(tmp_path, lm, critic=critic, cycle_blocks=1, max_steps=2)
+    trainer.parameter_blocks.count = 2  # a block that never comes
+    trainer.parameter_blocks.block_of = dict.fromkeys(trainer.parameter_blocks.block_of, 1)
+    trainer.parameter_blocks.steps = 100
+    before = {name: value.clone() for name, value in lm.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in lm.named_parameters() if not torch.equal(before[name], value)}
+    assert moved and all(name.startswith("critic.") for name in moved)
+
+
+def test_a_users_optimizer_and_scheduler_take_the_critic(tmp_path):
+    lm = tiny.model(3, 0.2, torch.float32)
+    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = ppo(tmp_path / "both", lm, optimizers=(optimizer, schedule), max_steps=2)
+    trainer.train()
+    assert trainer.model.critic.head.weight.abs().sum().item() > 0
+    alone = torch.optim.SGD(lm.parameters(), lr=0.1)
+    ppo(tmp_path / "alone", lm, optimizers=(alone, None), critic_learning_rate=0.5)
+    assert [group["lr"] for group in alone.param_groups] == [0.1, 0.5]
+    with pytest.raises(ValueError, match="a scheduler of your own knows no group for the critic"):
+        ppo(tmp_path / "no", lm, optimizers=(optimizer, schedule), critic_learning_rate=0.5)
+
+
 # ---- ends and padding ----
 
 
@@ -340,13 +377,14 @@ def test_a_value_loss_that_explodes_is_limited(tmp_path):
     with pytest.warns(UserWarning, match="more than 10 times that of predicting 0, and was limited"):
         large, out = trainer.sample_losses(trainer.model, rollouts)
     mask, returns = rollouts.completion_mask_BT, rollouts.returns_BT
-    limit = 10 * 0.5 * max(float((returns**2)[mask].mean()), 1.0)
+    usual = max(float((returns**2)[mask].mean()), 1.0)
+    limit = 10 * 0.5 * float((returns**2).clamp_min(usual)[mask].mean())
     policy = small.mean() - 0.5 * (returns**2)[mask].mean()  # the values were 0
     assert float((large.mean() - policy).detach()) == pytest.approx(limit, rel=1e-4)
     (gradient,) = torch.autograd.grad(large.mean(), trainer.model.critic.head.bias)
     assert float(gradient) == pytest.approx(2 * limit / 1000, rel=0.01)  # of (1000 - R)^2, scaled to the limit
     trainer.model.critic.head.bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the value loss is nan: the critic has diverged"):
+    with pytest.raises(ValueError, match="the value loss is not finite: the critic has diverged"):
         trainer.sample_losses(trainer.model, rollouts)
 
 
@@ -359,6 +397,11 @@ def test_a_value_loss_that_explodes_is_limited(tmp_path):
             {"target": Reference() * Moment(tiny.count_a, 0.8), "kl_target": 1.0},
             "kl_target changes the target's reward",
         ),
+        (
+            {"target": Reference() * Reward(tiny.count_a, 1.0) * Moment(tiny.has_b, 0.8), "kl_target": 1.0},
+            "kl_target moves the target at every set",
+        ),
+        ({"kl_target": 1.0, "divergence": "js"}, "kl_target moves the target at every set"),
         ({"kl_coef": 0.0}, "kl_coef must be positive, but is 0.0"),
         ({"cliprange": -0.2}, "cliprange must be positive, but is -0.2"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be positive"),

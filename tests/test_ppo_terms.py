@@ -251,3 +251,8 @@ def test_difference_every_token_of_a_set_weighs_the_same():
     per_sample = torch.where(r.mask, policy, 0.0).sum(-1) / (sum(SHORT) / SIZE)
     torch.testing.assert_close(per_sample.mean(), policy[r.mask].mean())
     assert (per_part.mean() - policy[r.mask].mean()).abs() > 0.01
+
+
+def test_the_kl_coefficient_keeps_its_sign_however_many_samples():
+    assert adapted_kl_coef(0.05, 0.0, 1.0, samples=1024, horizon=100) == pytest.approx(0.04)
+    assert adapted_kl_coef(0.05, 9.0, 1.0, samples=1024, horizon=100) == pytest.approx(0.06)

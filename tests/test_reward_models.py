@@ -57,6 +57,16 @@ def test_a_reward_model_reads_prompt_and_completion(batch_size, saved):
     assert given.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
+@torch.no_grad()
+def test_without_a_padding_token_the_last_token_is_read_even_if_it_is_eos():
+    model, texts = judge(), ["a b E", "c E", "a", "b c", "d E"]
+    assert model.config.pad_token_id is None
+    wanted = [float(model(input_ids=torch.tensor([tokenizer()(text)["input_ids"]])).logits[0, 0]) for text in texts]
+    values = Feature(reward_model(model, tokenizer(), batch_size=2), "r")(rollouts_by_hand(texts))
+    assert values.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert model.config.pad_token_id is None
+
+
 def test_chats_go_through_its_own_template(saved):
     rollouts = rollouts_by_hand(["c", "d e"], prompts=[CHAT, CHAT])
     model = judge()

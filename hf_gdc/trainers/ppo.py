@@ -12,6 +12,7 @@ in p already. Left out: value bootstrapping for cut completions, which are eleme
 Shapes: B samples of this process, N of all processes, T completion tokens.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,7 @@ from ..critics import attach_critic, critic_parameters, load_critic, save_critic
 from ..divergences import get_divergence
 from ..evaluation import Scored
 from ..features import Feature
+from ..loading import disable_dropout
 from ..objectives import (
     adapted_kl_coef,
     clipped_policy_loss,
@@ -54,6 +56,7 @@ class PPOTrainer(PolicyGradientTrainer):
         target: in their place, any target. With one `Reward` in it, that one's beta is the KL coefficient; otherwise
             reverse KL's rewards are in nats.
         reward_weights: of the reward functions; default 1.
+        reward_processing_classes: tokenizers of those that are reward models: see `Reward`.
 
     Raises:
         ValueError: both or neither of `reward_funcs` and `target`; options that need one `Reward` without one; a hard
@@ -69,6 +72,7 @@ class PPOTrainer(PolicyGradientTrainer):
         args: PPOConfig | None = None,
         target: Factor | None = None,
         reward_weights: Sequence[float] | None = None,
+        reward_processing_classes=None,
         **kwargs,
     ):
         args = PPOConfig(output_dir="ppo") if args is None else args
@@ -77,12 +81,19 @@ class PPOTrainer(PolicyGradientTrainer):
                 "give either reward_funcs, for the target a(x) exp(r(x) / kl_coef), or a target of your own."
             )
         if target is None:
-            target = Reference() * Reward(reward_funcs, args.kl_coef, reward_weights)
-        elif reward_weights is not None:
-            raise ValueError("reward_weights go with reward_funcs; a target's Reward has its own.")
+            reward = Reward(
+                reward_funcs, args.kl_coef, reward_weights, reward_processing_classes=reward_processing_classes
+            )
+            target = Reference() * reward
+        elif reward_weights is not None or reward_processing_classes is not None:
+            raise ValueError(
+                "reward_weights and reward_processing_classes go with reward_funcs; a target's Reward has its own."
+            )
         whole = target if isinstance(target, Target) else Target([target])
         self.divergence = get_divergence(args.divergence, **(args.divergence_kwargs or {}))
         self.additive = self.divergence.name == "reverse_kl"
+        if args.missing_eos_penalty is not None or args.kl_target is not None:
+            whole = _with_own_rewards(whole)  # which change; the user's must not
         rewards = [factor for factor, power in whole.terms if isinstance(factor, Reward) and power == 1.0]
         self.reward = rewards[0] if len(rewards) == 1 else None
         self._check(whole, args)
@@ -94,9 +105,12 @@ class PPOTrainer(PolicyGradientTrainer):
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)  # every process starts the same adapter
             self.actors.scorer.critic = attach_critic(self.model, args.critic, args.critic_path)
+        if args.disable_dropout:
+            disable_dropout(self.model)  # a critic's adapter may have some
+        self.parameter_blocks.always |= critic_parameters(self.model).keys()
         if self.optimizer is not None:  # the user's
-            self.optimizer.add_param_group({"params": critic_parameters(self.model)})
-        self._tokens_per_sample = 1.0  # of the current rollouts, over all processes
+            self._extend_optimizer(list(critic_parameters(self.model).values()))
+        self._tokens_per_sample, self._mean_square = 1.0, 1.0  # of the current rollouts' returns, over all processes
 
     def _check(self, target: Target, args: PPOConfig) -> None:
         if target.hard and not self.divergence.admits_hard_constraints:
@@ -108,6 +122,11 @@ class PPOTrainer(PolicyGradientTrainer):
         for name in ("kl_target", "missing_eos_penalty"):
             if getattr(args, name) is not None and self.reward is None:
                 raise ValueError(f"{name} changes the target's reward, so it needs reward_funcs or one Reward factor.")
+        if args.kl_target is not None and (target.moments or not self.additive):
+            raise ValueError(
+                "kl_target moves the target at every set of rollouts, while moments' lambda and the log Z that other "
+                "divergences need are fitted to one that stands still: drop kl_target, or use reverse_kl without moments."
+            )
         if not (args.fit_samples or self.additive):
             warnings.warn(
                 f"{self.divergence.name} needs log Z, and without fit_samples the first rollouts alone estimate it: set "
@@ -145,7 +164,8 @@ class PPOTrainer(PolicyGradientTrainer):
         rollouts.advantages_BT = advantages_BT
         rollouts.returns_BT = torch.where(mask_BT, returns_BT, rollouts.values_BT)
         self._tokens_per_sample = max(float(tokens) / len(scored_N.log_score), 1.0)
-        _, _, spread = masked_moments(returns_BT, mask_BT, gather)
+        _, mean, spread = masked_moments(returns_BT, mask_BT, gather)
+        self._mean_square = float(mean**2 + spread * (tokens - 1) / tokens.clamp_min(1))
         _, _, missed = masked_moments(returns_BT - rollouts.values_BT, mask_BT, gather)
         self._averages.add({"val/explained_variance": 1.0 - float(missed / spread) if spread > 0 else 0.0})
         self._report_rewards(scored_N)
@@ -169,18 +189,22 @@ class PPOTrainer(PolicyGradientTrainer):
     def _report_rewards(self, scored_N: Scored) -> None:
         """Log what was earned, say when there is nothing to learn from, and move the KL coefficient."""
         scores_N = self.kl_coef * (scored_N.log_score - scored_N.reference_logp)
-        spread = float(scores_N.max() - scores_N.min())
-        if self.reward is not None and len(scores_N) > 1 and spread <= 1e-9 * max(1.0, float(scores_N.abs().max())):
+        seen_N = scores_N[scores_N.isfinite()]  # -inf: a hard constraint failed
+        alike = len(seen_N) > 1 and float(seen_N.max() - seen_N.min()) <= 1e-9 * max(1.0, float(seen_N.abs().max()))
+        if self.reward is not None and len(seen_N) == len(scores_N) and alike:
             warnings.warn(
                 f"all {len(scores_N)} completions of a set of rollouts got the same reward, {float(scores_N[0]):.4g}: there is "
                 "nothing to learn but the way back to the reference. Check the reward function on texts of your own, raise "
                 "num_generations, or start from a model that earns it sometimes.",
                 stacklevel=2,
             )
-        kl = float((scored_N.policy_logp - scored_N.reference_logp).mean())
+        share_N = torch.softmax(
+            scored_N.policy_logp - scored_N.sampler_logp, 0
+        )  # equal where the policy itself sampled
+        kl = float(share_N @ (scored_N.policy_logp - scored_N.reference_logp))
         metrics = {"objective/kl": kl}
         if self.additive:
-            score = float(scores_N.mean())
+            score = float(share_N @ scores_N)
             metrics |= {"objective/scores": score, "objective/rlhf_reward": score - self.kl_coef * kl}
         if self.reward is not None:
             metrics["objective/kl_coef"] = self.kl_coef
@@ -210,7 +234,7 @@ class PPOTrainer(PolicyGradientTrainer):
 
         policy_B, value_B = per_sample(weight_BT * losses_BT), per_sample(weight_BT * errors_BT)
         scale = self._tokens_per_sample if args.loss_reduction == "sequence" else 1.0
-        limit = self._value_limit(value_B, per_sample(weight_BT * rollouts.returns_BT**2))
+        limit_B = self._value_limit(value_B.detach(), per_sample(self._zero_loss(rollouts.returns_BT)))
         log_ratio_BT = (out.logps_BT - old_BT).detach()
         metrics = {
             "loss/policy_avg": policy_B,
@@ -221,7 +245,7 @@ class PPOTrainer(PolicyGradientTrainer):
             "val/ratio": per_sample(log_ratio_BT.exp()),
             "sampling/importance_ratio": per_sample(weight_BT.expand_as(mask_BT)),
         }
-        loss_B = scale * policy_B + args.vf_coef * limit * value_B
+        loss_B = scale * policy_B + args.vf_coef * limit_B * value_B
         return loss_B, {name: value.detach() for name, value in metrics.items()}
 
     def _sampler_weight(self, rollouts: Rollouts) -> Tensor:
@@ -233,26 +257,34 @@ class PPOTrainer(PolicyGradientTrainer):
         weight_BT, clip = log_w_BT.to(rollouts.policy_logps_BT.device).exp(), self.args.importance_clip
         return weight_BT if clip is None else weight_BT.clamp(max=clip)
 
-    def _value_limit(self, value_B: Tensor, squares_B: Tensor) -> Tensor | float:
-        """A factor below 1 where the critic does far worse than predicting 0: it would drown the policy's gradient.
+    def _zero_loss(self, returns_BT: Tensor) -> Tensor:
+        """(B, T) value losses of predicting 0, there or on average, whichever is larger."""
+        return 0.5 * (returns_BT**2).clamp_min(max(self._mean_square, 1.0))
+
+    def _value_limit(self, value_B: Tensor, zero_B: Tensor) -> Tensor:
+        """(B,) factors, below 1 where the critic does far worse on a sample than predicting 0: it would drown the policy's
+        gradient. The same however a set of rollouts is cut into micro-batches.
+
+        Args:
+            value_B: value losses. zero_B: those of predicting 0.
 
         Raises:
-            ValueError: the value loss is not finite.
+            ValueError: a value loss is not finite.
         """
-        loss, limit = float(value_B.detach().mean()), EXPLODED * 0.5 * max(float(squares_B.mean()), 1.0)
-        if not loss < float("inf"):
+        if not bool(value_B.isfinite().all()):
             raise ValueError(
-                f"the value loss is {loss}: the critic has diverged. Lower learning_rate or critic_learning_rate, bound the "
+                "the value loss is not finite: the critic has diverged. Lower learning_rate or critic_learning_rate, bound the "
                 "reward, or start from an earlier checkpoint."
             )
-        if loss <= limit:
-            return 1.0
-        warnings.warn(
-            f"the value loss, {loss:.4g}, is more than {EXPLODED:g} times that of predicting 0, and was limited to "
-            f"{limit:.4g}: lower learning_rate or critic_learning_rate, or bound the reward.",
-            stacklevel=2,
-        )
-        return limit / loss
+        limit_B = EXPLODED * zero_B
+        beyond_B = value_B > limit_B
+        if bool(beyond_B.any()):
+            warnings.warn(
+                f"the value loss of {int(beyond_B.sum())} of {len(value_B)} samples is more than {EXPLODED:g} times that of "
+                "predicting 0, and was limited to that: lower learning_rate or critic_learning_rate, or bound the reward.",
+                stacklevel=2,
+            )
+        return torch.where(beyond_B, limit_B / value_B.clamp_min(1e-30), 1.0)
 
     # ---- the Trainer's hooks: the critic is trained, saved and loaded with the policy ----
 
@@ -261,13 +293,25 @@ class PPOTrainer(PolicyGradientTrainer):
         made, rate = self.optimizer is None, self.args.critic_learning_rate
         optimizer = super().create_optimizer(model)
         if made and rate is not None:
-            own = {id(parameter) for parameter in critic_parameters(self.model)}
+            own = {id(parameter) for parameter in critic_parameters(self.model).values()}
             for group in list(optimizer.param_groups):
                 critic = [parameter for parameter in group["params"] if id(parameter) in own]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
                 if critic:
                     optimizer.add_param_group({**group, "params": critic, "lr": rate})
         return optimizer
+
+    def _extend_optimizer(self, parameters: list) -> None:
+        """Add the critic to a user's optimizer; with a scheduler, which counts the groups, to its first group."""
+        if self.lr_scheduler is None:
+            rate = self.args.critic_learning_rate
+            self.optimizer.add_param_group({"params": parameters} | ({} if rate is None else {"lr": rate}))
+        elif self.args.critic_learning_rate is None:
+            self.optimizer.param_groups[0]["params"].extend(parameters)
+        else:
+            raise ValueError(
+                "a scheduler of your own knows no group for the critic: drop critic_learning_rate, or give the optimizer alone."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
@@ -286,10 +330,24 @@ class PPOTrainer(PolicyGradientTrainer):
             load_critic(self.model, self.state.best_model_checkpoint)
 
     def process_state(self) -> dict:
-        return super().process_state() | {"kl_coef": self.kl_coef, "tokens_per_sample": self._tokens_per_sample}
+        numbers = {"tokens_per_sample": self._tokens_per_sample, "mean_square": self._mean_square}
+        return super().process_state() | {"kl_coef": self.kl_coef} | numbers
 
     def load_process_state(self, state: dict) -> None:
         super().load_process_state(state)
-        self._tokens_per_sample = state["tokens_per_sample"]
+        self._tokens_per_sample, self._mean_square = state["tokens_per_sample"], state["mean_square"]
         if self.args.kl_target is not None:
             self.reward.beta = state["kl_coef"]
+
+
+def _with_own_rewards(target: Target) -> Target:
+    """The target with copies of its Rewards."""
+
+    def own(factor: Factor) -> Factor:
+        if not isinstance(factor, Reward):
+            return factor
+        factor = copy.copy(factor)
+        factor.features, factor.weights = list(factor.features), list(factor.weights)
+        return factor
+
+    return Target([(own(factor), power) for factor, power in target.terms])

@@ -39,6 +39,9 @@ class RunArguments:
     reward: list[str] | None = field(
         default=None, metadata={"help": "Reward functions, added up: count:the my_rewards.py:helpful."}
     )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each reward function. Default: 1."}
+    )
     pointwise: list[str] | None = field(default=None, metadata={"help": "Features that every sample must have."})
     moment: list[str] | None = field(
         default=None, metadata={"help": "Features with their wanted means: contains:she=0.5."}
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             "which model? --model_name_or_path takes a path or an id of the Hub; recipes/pretrain makes a small one."
         )
     args.model_init_kwargs = {**loading_options(run, model), **(args.model_init_kwargs or {})}
-    target = build_target(TargetArguments(run.pointwise, run.moment, run.reward, beta=args.kl_coef))
+    target = build_target(TargetArguments(run.pointwise, run.moment, run.reward, run.reward_weights, args.kl_coef))
     trainer = PPOTrainer(
         model.model_name_or_path,
         target=target,
