@@ -49,7 +49,7 @@ def token_divergence(logp_NV: Tensor, log_p_NV: Tensor, divergence, top_k: int =
             value_N = value_N + at_inf * (1 - pi_NK.sum(-1)).clamp_min(0)
             slope_NK = slope_NK - at_inf  # what the kept tokens gain, the others lose
         slope_NK = torch.where(pi_NK > 0, slope_NK, 0.0)
-        if math.isinf(at_inf) and not bool(value_N.isfinite().all()):
+        if math.isinf(at_inf) and not truncated and not bool(value_N.isfinite().all()):
             token = int((~value_NK[~value_N.isfinite()][0].isfinite()).nonzero()[0])
             raise ValueError(
                 f"{divergence.name} is infinite: the target's next-token probability of token {token} is 0, or below the "
