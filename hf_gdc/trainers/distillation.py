@@ -124,6 +124,12 @@ class DistillationTrainer(PolicyGradientTrainer):
         self._averages.add({name: float(value.mean()) for name, value in metrics.items()})
         return loss_B, out
 
+    def _make_rollouts(self, rows: list[dict]) -> Rollouts:
+        """Samples of the student, unweighed: the teacher reads them once, with the loss."""
+        self._last_rollouts = rollouts = self.actors.sample_policy(rows)
+        self._averages.add(self._sample_metrics(rollouts), samples=len(rows) * self.args.world_size)
+        return rollouts
+
     def judge(self, policy: Rollouts, rows: list[dict]) -> dict[str, float]:
         """Divergences between student and teacher on whole sequences; the teacher's samples see what the student dropped.
 
