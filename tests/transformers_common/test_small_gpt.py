@@ -69,8 +69,8 @@ SKIPS = {
     "test_eager_matches_batched_and_grouped_inference": EXPERTS,
     "test_moe_models_record_router_logits": EXPERTS,
     "test_output_router_logits_from_config": EXPERTS,
-    "CausalTest::test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": "it stops at transformers' generic heads, "
-    "whose signature hides `output_attentions` from it; `BidirectionalTest` runs it",
+    "CausalTest::test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": "it stops at the generic heads, whose "
+    "signature hides `output_attentions` from it; `BidirectionalTest` runs it",
     "test_encoder_decoder_loss_no_double_shift": "it is about encoders with decoders",
     "BidirectionalTest::test_causal_lm_loss_honors_shift_labels": "it is about decoders; `CausalTest` runs it",
     "test_resize_position_vector_embeddings": "rotary positions have no table to resize",
