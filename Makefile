@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 
-.PHONY: help quickstart test test-slow test-minimum lint format bench rare-pool rare clean
+.PHONY: help quickstart test test-slow test-transformers test-minimum lint format bench rare-pool rare clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -23,6 +23,10 @@ test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
 
 test-slow: $(VENV)/installed ## checks that take minutes each
 	$(BIN)/python -m pytest -q -m slow $(OPTIONS)
+
+test-transformers: $(VENV)/installed ## the tests that transformers runs on its own models (about 2 minutes)
+	$(BIN)/python tests/transformers_common/transformers_sources.py
+	$(BIN)/python -m pytest -q -m slow tests/transformers_common $(OPTIONS)
 
 lint: $(VENV)/installed ## ruff
 	$(BIN)/ruff check .
