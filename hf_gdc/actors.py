@@ -50,6 +50,7 @@ class Actors:
 
     def sample_policy(self, rows: Sequence[dict]) -> Rollouts:
         """One completion from the policy for each of this process's rows (`prompt` and other columns)."""
+        self.sampler.sync()
         with self._policy_active() as model:
             return self._sample(self.sampler, model, rows)
 

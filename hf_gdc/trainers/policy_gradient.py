@@ -35,6 +35,7 @@ from ..rollouts import Rollouts
 from ..sampling import TransformersSampler
 from ..scoring import PolicyOutput
 from ..targets.base import Context, Factor, Target
+from ..vllm_sampler import VLLMSampler, check_vllm
 
 
 class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
@@ -77,6 +78,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         train_only(model, args.trainable_modules or [".*"])
         tokenizer = load_tokenizer(processing_class, model)
         sampler = TransformersSampler.from_options(tokenizer, model, args)
+        if args.use_vllm:
+            check_vllm(model)
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is None:
@@ -100,6 +103,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         self.loss_is_scaled_for_ga = False
         self.target = target if isinstance(target, Target) else Target([target])
         self.partition = Partition(self.target.normalised)
+        if args.use_vllm:
+            sampler = VLLMSampler.from_options(sampler, self.model, self.accelerator, args)
         self.actors = Actors(
             self.model,
             lambda: self.model_wrapped,
@@ -171,6 +176,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
         self.score_tokens(rollouts)
+        if rollouts.policy_logp_B is None:
+            rollouts.policy_logp_B = self.actors.policy_logp(rollouts)
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
