@@ -5,7 +5,7 @@ Under PEFT both are one set of weights, with the adapter on or off; otherwise th
 Left out: training. Shapes: B samples of this process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -152,10 +152,7 @@ def score_in_parts(scorer: Scorer, rollouts: Rollouts, batch_size: int, device: 
     """(B,) log-probs in float64 on the CPU, `batch_size` completions at a time, with dropout off."""
     if not len(rollouts):
         return torch.zeros(0, dtype=torch.float64)
-    parts = torch.arange(len(rollouts)).split(batch_size)
-    chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
-    with evaluating(scorer.model):
-        return torch.cat([scorer.rollouts(part.tokens_to(device)).logp_B.cpu().double() for part in chosen])
+    return torch.cat([out.logp_B.cpu().double() for out in _outputs(scorer, rollouts, batch_size, device)])
 
 
 @torch.no_grad()
@@ -169,13 +166,22 @@ def outputs_in_parts(
 ) -> PolicyOutput:
     """Per-token numbers on `device`, `batch_size` completions at a time, with dropout off."""
     length, joined = rollouts.completion_ids_BT.shape[1], {}
-    with evaluating(scorer.model):
-        for part in torch.arange(len(rollouts)).split(batch_size):
-            out = scorer.rollouts(rollouts.select(part).tokens_to(device), entropy=entropy, values=values)
-            for name, value in vars(out).items():
-                if value is not None:
-                    joined.setdefault(name, []).append(nn.functional.pad(value, (0, length - value.shape[1])))
+    for out in _outputs(scorer, rollouts, batch_size, device, entropy=entropy, values=values):
+        for name, value in vars(out).items():
+            if value is not None:
+                joined.setdefault(name, []).append(nn.functional.pad(value, (0, length - value.shape[1])))
     return PolicyOutput(**{name: torch.cat(parts) for name, parts in joined.items()})
+
+
+def _outputs(
+    scorer: Scorer, rollouts: Rollouts, batch_size: int, device: torch.device, **wanted: bool
+) -> Iterator[PolicyOutput]:
+    """What the scorer says of `batch_size` completions at a time."""
+    parts = torch.arange(len(rollouts)).split(batch_size)
+    with evaluating(scorer.model):
+        for part in parts:
+            chosen = rollouts if len(parts) == 1 else rollouts.select(part)
+            yield scorer.rollouts(chosen.tokens_to(device), **wanted)
 
 
 def split_rows(rows: Sequence) -> tuple[list, dict[str, list]]:

@@ -26,11 +26,6 @@ CASES = [
 ]
 
 
-def flat_gradient(loss, lm) -> torch.Tensor:
-    parameters = [p for p in lm.parameters() if p.requires_grad]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-
-
 @pytest.mark.parametrize("prompts", [("",), ("a", "b b a")], ids=["unconditional", "two prompts"])
 @pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
 @pytest.mark.parametrize("options,target", CASES)
@@ -48,14 +43,8 @@ def test_gradient_is_that_of_the_divergence(options, target, off_policy, prompts
     rollouts.baseline_B = torch.tensor([0.37, -1.1])[: len(prompts)].repeat_interleave(15).double()
 
     loss_B, out = trainer.sample_losses(trainer.model, rollouts)
-    estimated = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum() / len(prompts), trainer.model)
-
-    logp = trainer.actors.scorer.rollouts(rollouts).logp_B
-    exact = sum(
-        tiny.exact_divergence(trainer.divergence, *pair)
-        for pair in zip(logp.view(len(prompts), -1), log_p.view(len(prompts), -1), strict=True)
-    )
-    analytic = flat_gradient(exact / len(prompts), trainer.model)
+    estimated = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum() / len(prompts), trainer.model)
+    analytic = tiny.exact_gradient(trainer, rollouts, log_p, len(prompts))
     assert analytic.norm() > 1e-3
     assert (estimated - analytic).norm() / analytic.norm() < 1e-8
 
@@ -90,10 +79,8 @@ def test_leave_one_out_baseline_is_unbiased(off_policy, tmp_path):
     every.log_score_B, every.log_z_B = trainer.target.log_score(every), log_z.expand(15)
     every.baseline_B = mean_baseline
     loss_B, out = trainer.sample_losses(trainer.model, every)
-    estimated = flat_gradient((log_q.exp() * loss_B).sum(), trainer.model)
-    logp = trainer.actors.scorer.rollouts(every).logp_B
-    exact = tiny.exact_divergence(trainer.divergence, logp, tiny.exact_log_p(trainer, every, 1))
-    analytic = flat_gradient(exact, trainer.model)
+    estimated = tiny.gradient((log_q.exp() * loss_B).sum(), trainer.model)
+    analytic = tiny.exact_gradient(trainer, every, tiny.exact_log_p(trainer, every, 1))
     assert (estimated - analytic).norm() / analytic.norm() < 1e-8
 
 
@@ -107,12 +94,12 @@ def test_reverse_kl_to_a_reward_is_rlhf(tmp_path):
     rollouts.log_z_B = rollouts.log_score_B.logsumexp(0).expand(15)
     rollouts.baseline_B = torch.zeros(15, dtype=torch.float64)
     loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    ours = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
+    ours = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
     logp = trainer.actors.scorer.rollouts(rollouts).logp_B
     reward = torch.tensor(tiny.count_a(rollouts.completion_ids())).double()
     reference = trainer.actors.reference_logp(rollouts)
     objective = (logp.exp() * (reward - beta * (logp - reference))).sum()
-    torch.testing.assert_close(-beta * ours, flat_gradient(objective, trainer.model), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(-beta * ours, tiny.gradient(objective, trainer.model), rtol=1e-8, atol=1e-10)
 
 
 def training_options(name: str, target: str) -> dict:
