@@ -15,6 +15,8 @@ import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from .adapters import only_trained_adapters
+
 STATE_FILE = "rollouts_{rank}.pt"
 
 
@@ -136,6 +138,10 @@ class SafeCheckpoints:
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with only_trained_adapters(self.model):
+            super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -59,7 +59,9 @@ class VLLMSampler:
         cls, base: TransformersSampler, model: nn.Module, accelerator: Accelerator, options
     ) -> "VLLMSampler":
         """For a `PolicyGradientConfig`, whose names are TRL's."""
-        own = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        own = {
+            name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
         names = ("mode", "model_impl", "enable_sleep_mode", "gpu_memory_utilization", "tensor_parallel_size")
         names += ("server_base_url", "server_host", "server_port", "server_timeout", "group_port")
         engine = vllm_engine(

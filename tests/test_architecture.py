@@ -41,6 +41,7 @@ FLOORS = [
     ]
     + [
         "acceptance",
+        "adapters",
         "pools",
         "proposals",
         "certificates",
@@ -54,6 +55,7 @@ FLOORS = [
         "scorers",
         "reward_models",
         "text_models",
+        "vllm_sampler",
     ],
     ["targets", "replay", "quasi_rejection"],
     ["trainers"],

@@ -13,7 +13,7 @@ from test_ppo import ppo
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
-from hf_gdc import vllm_sampler
+from hf_gdc import DistillationConfig, DistillationTrainer, Teacher, vllm_sampler
 from hf_gdc.sampling import TransformersSampler
 from hf_gdc.scoring import Scorer
 from hf_gdc.vllm_sampler import VLLMSampler
@@ -34,10 +34,16 @@ class Engine:
         adapted = isinstance(self.model, PeftModel)
         if adapted:
             self.model.merge_adapter()
-        self.own = copy.deepcopy(self.model).eval()
+        self.own, self.known = copy.deepcopy(self.model).eval(), {}
         self.pushed.append([name for name, _ in self.model.named_parameters()])
         if adapted:
             self.model.unmerge_adapter()
+
+    def next_logps(self, *ids):
+        if ids not in self.known:
+            logits = self.own(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            self.known[ids] = torch.log_softmax(logits / self.temperature, -1)
+        return self.known[ids]
 
     @torch.no_grad()
     def generate(self, prompts, images, num_generations):
@@ -46,8 +52,7 @@ class Engine:
         for prompt in prompts:
             ids, logps = [], []
             while len(ids) < self.length and self.eos not in ids:
-                logits = self.own(input_ids=torch.tensor([prompt + ids])).logits[0, -1].double()
-                logp = torch.log_softmax(logits / self.temperature, -1)
+                logp = self.next_logps(*prompt, *ids)
                 ids.append(int(torch.multinomial(logp.exp(), 1)))
                 logps.append([float(logp[ids[-1]])])
             more = self.tail if ids[-1] == self.eos else 0
@@ -183,7 +188,8 @@ def test_what_is_pushed_is_the_policy_alone(engines, base, tmp_path):
     ppo(tmp_path / "whole", base, use_vllm=True).train()
     assert engines[-1].pushed == [names]
     adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"], task_type="CAUSAL_LM")
-    trainer = ppo(tmp_path / "adapted", base, use_vllm=True, peft_config=adapter, max_steps=3, learning_rate=0.3)
+    options = {"max_steps": 3, "learning_rate": 0.1, "num_iterations": 1, "peft_config": adapter}
+    trainer = ppo(tmp_path / "adapted", base, use_vllm=True, **options)
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if ".base_layer." in name}
     trainer.train()
     assert len(engines[-1].pushed) == 3 and not any("critic" in name for name in engines[-1].pushed[0])
@@ -207,9 +213,23 @@ def test_refusals(engines, base, tmp_path, monkeypatch):
     gdc(tmp_path / "server", base, vllm_mode="server", temperature=0.5)
     plain = vllm_sampler.vllm_engine
     monkeypatch.setattr(vllm_sampler, "vllm_engine", lambda **options: Engine(reports="raw_logprobs", **options))
-    refused("the vLLM server reports raw_logprobs, .*--logprobs-mode processed_", vllm_mode="server", temperature=0.5)
+    with pytest.raises(ValueError, match="the vLLM server reports raw_logprobs, .*--logprobs-mode processed_"):
+        gdc(tmp_path / "raw", base, vllm_mode="server", temperature=0.5)
     gdc(tmp_path / "unwarped", base, vllm_mode="server")
     monkeypatch.setattr(vllm_sampler, "vllm_engine", plain)
     monkeypatch.undo()
     refused("use_vllm samples with vLLM, which is not installed: `pip install trl.vllm.`")
     assert not (tmp_path / "no").exists()
+
+
+def test_distillation_takes_them_too(engines, base, tmp_path):
+    args = DistillationConfig(
+        str(tmp_path / "run"), use_vllm=True, max_steps=1, max_completion_length=3, use_cpu=True, save_strategy="no"
+    )
+    trainer = DistillationTrainer(base, Teacher(tiny.model(1), tiny.tokenizer()), args)
+    trainer.train()
+    rollouts = trainer._last_rollouts
+    assert (
+        len(engines[0].pushed) == 1
+        and 0 < float(rollouts.policy_logp_B.sub(rollouts.sampler_logp_B).abs().max()) < 1e-4
+    )

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..features import READY, Feature
-from ..reward_models import reward_model
+from ..reward_models import RewardAdapter, reward_model
 from ..rollouts import Rollouts
-from .base import Factor
+from .base import Context, Factor
 
 
 class Reward(Factor):
@@ -59,6 +59,11 @@ class Reward(Factor):
             raise ValueError(f"Reward's beta must be positive, but is {beta!r}; use a small one for a strong reward.")
         if not listed or len(self.weights) != len(listed):
             raise ValueError(f"{len(listed)} reward functions need as many reward_weights, not {len(self.weights)}.")
+
+    def bind(self, context: Context) -> None:
+        for feature in self.features:
+            if isinstance(feature.function, RewardAdapter):
+                feature.function.bind(context.policy)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
         """(B,) weighted sum of the rewards; a function that says None of a sample counts 0 there."""

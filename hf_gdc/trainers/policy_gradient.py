@@ -113,9 +113,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             args.per_device_eval_batch_size,
             args.seed,
         )
-        self.target.bind(
-            Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, tokenizer=tokenizer)
-        )
+        own = {"tokenizer": tokenizer, "policy": self.actors.policy_active}
+        self.target.bind(Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, **own))
         self._averages = Averages()
         self._fitted = False
         self._micro_steps = 0  # taken with the current rollouts
@@ -176,8 +175,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
         self.score_tokens(rollouts)
-        if rollouts.policy_logp_B is None:
-            rollouts.policy_logp_B = self.actors.policy_logp(rollouts)
+        self.actors.complete(rollouts)
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
