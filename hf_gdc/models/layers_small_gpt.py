@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the small GPT: positions, norms, attention, MLP, and the layer made of them.
+"""The parts of the small GPT: positions, norms, attention, MLP, the layer made of them, and what all models share.
 
 The file travels to the Hub with every saved model, so it imports nothing of `hf_gdc`.
 
@@ -13,9 +13,10 @@ head, W hidden size.
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -170,3 +171,24 @@ class SmallGPTDecoderLayer(GradientCheckpointingLayer):
         mixed_BTW, _ = self.self_attn(self.input_layernorm(hidden_BTW), **kwargs)
         hidden_BTW = hidden_BTW + self.dropout(mixed_BTW)
         return hidden_BTW + self.dropout(self.mlp(self.post_attention_layernorm(hidden_BTW)))
+
+
+class SmallGPTPreTrainedModel(PreTrainedModel):
+    config: SmallGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SmallGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": SmallGPTDecoderLayer, "attentions": SmallGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            num_writers = 2 * self.config.num_hidden_layers
+            init.normal_(module.weight, std=self.config.initializer_range / num_writers**0.5)

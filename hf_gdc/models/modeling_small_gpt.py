@@ -14,7 +14,6 @@ C labels.
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -25,7 +24,6 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -34,34 +32,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_small_gpt import SmallGPTConfig
 from .layers_small_gpt import (
     NORMS,
-    ResidualLinear,
-    SmallGPTAttention,
     SmallGPTDecoderLayer,
+    SmallGPTPreTrainedModel,
     default_positions,
     frequencies,
     last_token,
 )
-
-
-class SmallGPTPreTrainedModel(PreTrainedModel):
-    config: SmallGPTConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SmallGPTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": SmallGPTDecoderLayer, "attentions": SmallGPTAttention}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, ResidualLinear):
-            num_writers = 2 * self.config.num_hidden_layers
-            init.normal_(module.weight, std=self.config.initializer_range / num_writers**0.5)
 
 
 class SmallGPTModel(SmallGPTPreTrainedModel):
@@ -329,18 +305,24 @@ class SmallGPTForSequenceClassification(SmallGPTPreTrainedModel):
         )
 
 
-class SmallGPTForTokenClassification(GenericForTokenClassification, SmallGPTPreTrainedModel):
+class SmallGPTWithGenericHead(SmallGPTPreTrainedModel):
+    """The body for transformers' generic heads, which build it by `AutoModel` after this runs."""
+
+    def __init__(self, config: SmallGPTConfig):
+        super().__init__(config)
+        # Where this file is remote code, AutoModel knows no class for the config.
+        AutoModel.register(type(config), SmallGPTModel, exist_ok=True)
+
+
+class SmallGPTForTokenClassification(GenericForTokenClassification, SmallGPTWithGenericHead):
     """A label for every token."""
 
     accepts_loss_kwargs = False  # as above
 
 
-class SmallGPTForQuestionAnswering(GenericForQuestionAnswering, SmallGPTPreTrainedModel):
+class SmallGPTForQuestionAnswering(GenericForQuestionAnswering, SmallGPTWithGenericHead):
     """Where in the text the answer starts and ends."""
 
-
-# The generic heads build their body by this Auto class, which knows nothing of remote code.
-AutoModel.register(SmallGPTConfig, SmallGPTModel, exist_ok=True)
 
 # So that saving copies this file and those that it imports.
 SmallGPTModel.register_for_auto_class("AutoModel")
