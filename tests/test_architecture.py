@@ -48,6 +48,7 @@ FLOORS = [
         "moment_window",
         "ready_features",
         "ppo_arguments",
+        "preferences",
         "prompt_order",
         "reporting",
         "rollouts",

@@ -56,7 +56,10 @@ class Reward(Factor):
         self.features, self.beta = [Feature(function, name) for function, name in named], float(beta)
         self.weights = [1.0] * len(listed) if reward_weights is None else [float(w) for w in reward_weights]
         if not self.beta > 0:
-            raise ValueError(f"Reward's beta must be positive, but is {beta!r}; use a small one for a strong reward.")
+            raise ValueError(
+                f"Reward's beta must be positive, but is {beta!r}: at 0, exp(reward / beta) times the reference is no "
+                "distribution, whatever the divergence. Use a small one, such as 0.01, for a reward that matters more than it."
+            )
         if not listed or len(self.weights) != len(listed):
             raise ValueError(f"{len(listed)} reward functions need as many reward_weights, not {len(self.weights)}.")
 
