@@ -35,8 +35,11 @@ def test_the_table_is_measured_on_the_samples(made):
     assert set(report["models"]) == {"pretrain", "sft", "policy"}
     start, end = report["models"]["sft"], report["models"]["policy"]
     assert start["kl_sft"] == pytest.approx(0.0, abs=1e-4) and start["overoptimisation"] == 0.0
-    gap = (end["learned_reward"] - start["learned_reward"]) - (end["true_reward"] - start["true_reward"])
-    assert end["overoptimisation"] == pytest.approx(gap)  # at temperature 1 both rewards have one unit
+    assert end["gained"] == pytest.approx(end["true_reward"] - start["true_reward"])
+    assert end["overoptimisation"] == pytest.approx(end["promised"] - end["gained"])
+    base = report["models"]["pretrain"]
+    slopes = [row["promised"] / (row["learned_reward"] - start["learned_reward"]) for row in (base, end)]
+    assert slopes[0] == pytest.approx(slopes[1])
     assert 0.3 < report["reward_model"]["accuracy"] < 1 and len(end["samples"]) == 6
     assert all(isinstance(value, float) for value in kindness(end["samples"]))
     for stage in STAGES:
@@ -51,7 +54,7 @@ def test_a_second_run_skips_what_is_finished(made, capsys):
     assert rlhf(output) == report
     assert {path: path.stat().st_mtime_ns for stage in STAGES for path in (output / stage).rglob("*")} == before
     printed = capsys.readouterr().out
-    assert "gain believed, but not true" in printed and "KL to the fine-tuned model" in printed
+    assert "of it not true: over-optimisation" in printed and "KL to the fine-tuned model" in printed
     with pytest.raises(ValueError, match=r"policy' was made with kl_coef=0.2, now 0.7. Delete that folder"):
         rlhf(output, kl_coef=0.7)
     assert {path: path.stat().st_mtime_ns for stage in STAGES for path in (output / stage).rglob("*")} == before

@@ -210,26 +210,32 @@ def _place_fields() -> set[str]:
 
 
 def report(chain: Chain) -> dict:
-    """What each model is worth, on prompts that none was trained on: the same ones for all."""
+    """What each model is worth, on fresh prompts, the same for all.
+
+    The learned reward promises what it would be worth if it went with the true one as it does on the fine-tuned model's
+    samples; what it promises and the truth does not keep is over-optimisation.
+    """
     rows = load_prompts("stories", num_stories=chain.options.report_samples, seed=chain.args.seed + 3)
     reference, tokenizer = FrozenLM(chain.folder("sft")), AutoTokenizer.from_pretrained(chain.folder("sft"))
-    reward, found = reward_model(chain.folder("reward_model")), {}
+    reward, true, learned, found = reward_model(chain.folder("reward_model")), {}, {}, {}
     sampler = TransformersSampler(tokenizer, chain.args.max_completion_length)
     for name in MODELS:
         model = load_policy(chain.folder(name), None, None)
         torch.manual_seed(chain.args.seed + 4)
         rollouts = sampler(model, rows["prompt"])
-        found[name] = measure(rollouts, reward(rollouts.prompts, rollouts.texts), reference.logp(rollouts))
-    start, unit = found["sft"], chain.options.preference_temperature
+        true[name] = torch.tensor(kindness(rollouts.texts), dtype=torch.float64)
+        learned[name] = reward(rollouts.prompts, rollouts.texts)
+        found[name] = measure(rollouts, true[name], learned[name], reference.logp(rollouts))
+    slope = float(torch.cov(torch.stack([true["sft"], learned["sft"]]))[0, 1] / learned["sft"].var())
     for row in found.values():
-        gain, believed = row["true_reward"] - start["true_reward"], row["learned_reward"] - start["learned_reward"]
-        row["overoptimisation"] = unit * believed - gain
+        row["promised"] = slope * (row["learned_reward"] - found["sft"]["learned_reward"])
+        row["gained"] = row["true_reward"] - found["sft"]["true_reward"]
+        row["overoptimisation"] = row["promised"] - row["gained"]
     metrics = json.loads((chain.output / "reward_model" / "metrics.json").read_text())
     return {"models": found, "reward_model": metrics}
 
 
-def measure(rollouts: Rollouts, learned_B: Tensor, reference_logp_B: Tensor) -> dict:
-    true_B = torch.tensor(kindness(rollouts.texts), dtype=torch.float64)
+def measure(rollouts: Rollouts, true_B: Tensor, learned_B: Tensor, reference_logp_B: Tensor) -> dict:
     kl_B = rollouts.policy_logp_B - reference_logp_B
     whole = [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True)]
     numbers = {"true_reward": true_B, "learned_reward": learned_B, "kl_sft": kl_B}
@@ -241,11 +247,12 @@ def measure(rollouts: Rollouts, learned_B: Tensor, reference_logp_B: Tensor) -> 
 
 def print_report(found: dict) -> None:
     columns = ("pretrained", "fine-tuned", "policy")
-    print(f"\n{'':34}" + "".join(f"{column:>18}" for column in columns))
+    print(f"\n{'':36}" + "".join(f"{column:>18}" for column in columns))
     for name, label in (
         ("true_reward", "true reward"),
         ("learned_reward", "learned reward"),
-        ("overoptimisation", "gain believed, but not true"),
+        ("promised", "gain that the learned one promises"),
+        ("overoptimisation", "of it not true: over-optimisation"),
         ("kl_sft", "KL to the fine-tuned model, nats"),
         ("grammatical", "share of grammatical stories"),
         ("distinct_2", "distinct-2"),
@@ -254,8 +261,8 @@ def print_report(found: dict) -> None:
         for model in MODELS:
             row = found["models"][model]
             error = f" +- {row[f'{name}_stderr']:.2f}" if f"{name}_stderr" in row else ""
-            cells.append(f"{row[name]:.2f}{error}" if error or name == "overoptimisation" else f"{row[name]:.3f}")
-        print(f"{label:34}" + "".join(f"{cell:>18}" for cell in cells))
+            cells.append(f"{row[name]:.3f}" if name in ("grammatical", "distinct_2") else f"{row[name]:.2f}{error}")
+        print(f"{label:36}" + "".join(f"{cell:>18}" for cell in cells))
     for model, column in zip(MODELS, columns, strict=True):
         print(f"\n{column}:")
         for text in found["models"][model]["samples"]:
