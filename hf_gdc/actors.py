@@ -50,7 +50,8 @@ class Actors:
 
     def sample_policy(self, rows: Sequence[dict]) -> Rollouts:
         """One completion from the policy for each of this process's rows (`prompt` and other columns)."""
-        with self._policy_active() as model:
+        self.sampler.sync()
+        with self.policy_active() as model:
             return self._sample(self.sampler, model, rows)
 
     def draw(
@@ -64,7 +65,7 @@ class Actors:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [*rows, *rows[: -len(rows) % world]][rank::world]
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        active = self._reference_active() if from_reference else self._policy_active()
+        active = self._reference_active() if from_reference else self.policy_active()
         if other is not None:
             active = nullcontext(other.to(self.accelerator.device))
         with active as model, torch.random.fork_rng(devices):
@@ -80,9 +81,14 @@ class Actors:
             rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
         return rollouts
 
+    def complete(self, rollouts: Rollouts) -> None:
+        """Set log pi of fresh rollouts where another engine sampled them."""
+        if rollouts.policy_logp_B is None:
+            rollouts.policy_logp_B = self.policy_logp(rollouts)
+
     def policy_logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log pi of the policy as it is now."""
-        with self._policy_active():
+        with self.policy_active():
             return self._score(self.scorer, rollouts)
 
     def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
@@ -91,7 +97,7 @@ class Actors:
         Returns what the policy's pass gave, entropies too.
         """
         device = self.accelerator.device
-        with self._policy_active():
+        with self.policy_active():
             out = outputs_in_parts(self.scorer, rollouts, self.batch_size, device, entropy=True, values=values)
         with self._reference_active():
             reference = outputs_in_parts(self._reference_scorer, rollouts, self.batch_size, device)
@@ -129,7 +135,8 @@ class Actors:
         )
 
     @contextmanager
-    def _policy_active(self):
+    def policy_active(self):
+        """The policy's model, whole, for a with-block."""
         with unsharded(self._wrapped(), self.accelerator) as model:
             yield model
 
@@ -139,7 +146,7 @@ class Actors:
             with unsharded(self._reference, self.accelerator) as model:
                 yield model
             return
-        with self._policy_active() as model, same_trainable(model), model.disable_adapter():
+        with self.policy_active() as model, same_trainable(model), model.disable_adapter():
             yield model
 
     def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:

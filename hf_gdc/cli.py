@@ -17,7 +17,7 @@ from .arguments import check_options
 from .data import load_prompts
 from .hub import write_model_card
 from .loading import loading_options
-from .targets import Moment, Pointwise, Reference, Reward, Target
+from .targets import Moment, Pointwise, Reference, Reward, Target, Teacher
 from .trl_compat import ModelConfig, TrlParser
 
 
@@ -146,6 +146,13 @@ class FactorArguments:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each reward function. Default: 1."}
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model with the policy's tokenizer, in place of the reference: alone it is the target, with other "
+            "factors it is what they weigh."
+        },
+    )
 
 
 @dataclass
@@ -158,7 +165,7 @@ class TargetArguments(FactorArguments):
 
 
 def build_target(options: FactorArguments, beta: float | None = None) -> Target:
-    """Reference() times the factors that the options name.
+    """Reference(), or the teacher, times the factors that the options name.
 
     Args:
         beta: temperature of the rewards, where the options (no `TargetArguments`) have none.
@@ -166,15 +173,15 @@ def build_target(options: FactorArguments, beta: float | None = None) -> Target:
     Raises:
         ValueError: no factor at all, a moment without its mean or means, or a feature that can't be found.
     """
-    target = Target([Reference()])
+    target = Target([Reference() if options.teacher is None else Teacher(options.teacher)])
     for spec in options.pointwise or []:
         target = target * Pointwise(spec)
     for spec in options.moment or []:
         target = target * _moment(spec)
     if options.reward:
         target = target * Reward(options.reward, options.beta if beta is None else beta, options.reward_weights)
-    if len(target.terms) == 1:
-        raise ValueError("the target is the reference itself: give it a --pointwise, --moment or --reward.")
+    if len(target.terms) == 1 and options.teacher is None:
+        raise ValueError("the target is the reference itself: give it a --pointwise, --moment, --reward or --teacher.")
     return target
 
 

@@ -12,7 +12,6 @@ Left out: the losses (`objectives`). Shapes: N real tokens, H hidden.
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_active
 from .scoring import causal_lm, same_trainable
 
 KINDS = ("shared", "adapter", "separate")
@@ -104,23 +104,11 @@ def _without_head(model: PeftModel, config: PeftConfig) -> PeftConfig:
 
 def _adapter_critic(model: PeftModel) -> Callable:
     def critic(hidden_NH: Tensor, run: Callable[[nn.Module], Tensor]) -> Tensor:
-        with _critic_active(model):
+        with adapter_active(model, ADAPTER):
             hidden_NH = run(model.get_base_model().base_model)
         return model.critic(hidden_NH, run)
 
     return critic
-
-
-@contextmanager
-def _critic_active(model: PeftModel):
-    """The critic's adapter in place of the policy's; both stay as trainable as they are."""
-    policy = model.active_adapter
-    with same_trainable(model):
-        model.set_adapter(ADAPTER)
-        try:
-            yield
-        finally:
-            model.set_adapter(policy)
 
 
 def _train_both(model: PeftModel, policy: str) -> None:

@@ -41,12 +41,14 @@ FLOORS = [
     ]
     + [
         "acceptance",
+        "adapters",
         "pools",
         "proposals",
         "certificates",
         "moment_window",
         "ready_features",
         "ppo_arguments",
+        "preferences",
         "prompt_order",
         "reporting",
         "rollouts",
@@ -54,6 +56,7 @@ FLOORS = [
         "scorers",
         "reward_models",
         "text_models",
+        "vllm_sampler",
     ],
     ["targets", "replay", "quasi_rejection"],
     ["trainers"],

@@ -396,7 +396,7 @@ def test_a_value_loss_that_explodes_is_limited(tmp_path):
             "kl_target moves the target at every set",
         ),
         ({"kl_target": 1.0, "divergence": "js"}, "kl_target moves the target at every set"),
-        ({"kl_coef": 0.0}, "kl_coef must be positive, but is 0.0"),
+        ({"kl_coef": 0.0}, r"kl_coef must be positive, but is 0.0: a\(x\) exp.* is no target, so use a small one"),
         ({"cliprange": -0.2}, "cliprange must be positive, but is -0.2"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be positive"),
         ({"lam": 1.5}, "lam must be between 0 and 1, but is 1.5"),

@@ -127,6 +127,7 @@ class DistillationTrainer(PolicyGradientTrainer):
     def _make_rollouts(self, rows: list[dict]) -> Rollouts:
         """Samples of the student, unweighed: the teacher reads them once, with the loss."""
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
+        self.actors.complete(rollouts)
         self._averages.add(self._sample_metrics(rollouts), samples=len(rows) * self.args.world_size)
         return rollouts
 

@@ -35,6 +35,7 @@ from ..rollouts import Rollouts
 from ..sampling import TransformersSampler
 from ..scoring import PolicyOutput
 from ..targets.base import Context, Factor, Target
+from ..vllm_sampler import VLLMSampler, check_vllm
 
 
 class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
@@ -77,6 +78,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         train_only(model, args.trainable_modules or [".*"])
         tokenizer = load_tokenizer(processing_class, model)
         sampler = TransformersSampler.from_options(tokenizer, model, args)
+        if args.use_vllm:
+            check_vllm(model)
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is None:
@@ -100,6 +103,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         self.loss_is_scaled_for_ga = False
         self.target = target if isinstance(target, Target) else Target([target])
         self.partition = Partition(self.target.normalised)
+        if args.use_vllm:
+            sampler = VLLMSampler.from_options(sampler, self.model, self.accelerator, args)
         self.actors = Actors(
             self.model,
             lambda: self.model_wrapped,
@@ -108,9 +113,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             args.per_device_eval_batch_size,
             args.seed,
         )
-        self.target.bind(
-            Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, tokenizer=tokenizer)
-        )
+        own = {"tokenizer": tokenizer, "policy": self.actors.policy_active}
+        self.target.bind(Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, **own))
         self._averages = Averages()
         self._fitted = False
         self._micro_steps = 0  # taken with the current rollouts
@@ -171,6 +175,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
         self.score_tokens(rollouts)
+        self.actors.complete(rollouts)
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)

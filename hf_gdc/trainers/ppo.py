@@ -34,6 +34,7 @@ from ..objectives import (
     whiten,
 )
 from ..ppo_arguments import PPOConfig
+from ..reporting import warn_if_alike
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets.base import Factor, Target
@@ -189,15 +190,8 @@ class PPOTrainer(PolicyGradientTrainer):
     def _report_rewards(self, scored_N: Scored) -> None:
         """Log what was earned, say when there is nothing to learn from, and move the KL coefficient."""
         scores_N = self.kl_coef * (scored_N.log_score - scored_N.reference_logp)
-        seen_N = scores_N[scores_N.isfinite()]  # -inf: a hard constraint failed
-        alike = len(seen_N) > 1 and float(seen_N.max() - seen_N.min()) <= 1e-9 * max(1.0, float(seen_N.abs().max()))
-        if self.reward is not None and len(seen_N) == len(scores_N) and alike:
-            warnings.warn(
-                f"all {len(scores_N)} completions of a set of rollouts got the same reward, {float(scores_N[0]):.4g}: there is "
-                "nothing to learn but the way back to the reference. Check the reward function on texts of your own, raise "
-                "num_generations, or start from a model that earns it sometimes.",
-                stacklevel=2,
-            )
+        if self.reward is not None:
+            warn_if_alike(scores_N)
         share_N = torch.softmax(
             scored_N.policy_logp - scored_N.sampler_logp, 0
         )  # equal where the policy itself sampled
