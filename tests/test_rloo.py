@@ -137,7 +137,7 @@ def next_token_kl(lm, reference, rollouts, backwards: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("corrected", [True, False], ids=["default", "use_bias_correction_kl off"])
 def test_difference_grpo_pulls_by_a_kl_of_next_tokens(corrected, tmp_path):
-    """GRPO's KL is in the loss, the k3 estimate at each sampled token. Its expected gradient is grad KL(pi || a) of the next token
+    """GRPO has its KL in the loss, k3 at each sampled token. The expected gradient is that of KL(pi || a) of the next token
     with the prefix held fixed: that a token changes what follows does not count. Without `use_bias_correction_kl` it is
     that of KL(a || pi), the other direction. So a exp(r/beta) is not where it comes to rest.
 
