@@ -141,7 +141,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--divergences", nargs="+", default=["kl", "js"])
     parser.add_argument("--num_generations", type=int, default=32)
@@ -154,10 +154,9 @@ def main() -> None:
     for divergence in options.divergences:
         runs, rates = {"per_prompt": [], "global": []}, {}
         for side in runs:
-            tried = {
-                rate: train(divergence, side == "global", prompts, CHOOSING_SEED, rate, options)
-                for rate in options.learning_rates
-            }
+            tried = {rate: math.inf for rate in options.learning_rates}
+            for rate in tried if len(tried) > 1 else ():
+                tried[rate] = train(divergence, side == "global", prompts, CHOOSING_SEED, rate, options)
             rates[side] = min(tried, key=tried.get)
             print(f"{divergence} {side}, learning rates: {tried}", flush=True)
         for seed in range(options.seeds):
