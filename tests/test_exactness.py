@@ -136,3 +136,34 @@ def test_training_reaches_the_target(options, target, tmp_path):
     trainer.train()
     assert start > 0.2
     assert kl() < 1e-3
+
+
+CONDITIONAL = ("b a", "a b")  # without a start token, "a" and "a a" look alike to a model with rotary positions
+
+
+@pytest.mark.parametrize("name,target", [("js", "pointwise"), ("kl", "reward")])
+def test_every_prompt_reaches_its_own_target(name, target, tmp_path):
+    """One model, two prompts with different Z: following the expected gradient leads to both exact optima."""
+    lm = tiny.model(3, 0.2, hidden_size=32)
+    trainer = tiny.trainer((tiny.SOFT | tiny.HARD)[target](), tmp_path, lm, CONDITIONAL, divergence=name)
+    rollouts = tiny.enumerated(trainer, CONDITIONAL)
+    trainer.weigh(rollouts)
+    rollouts.baseline_B = torch.zeros(30)  # weigh's are each string's own, for independent samples
+    log_p = tiny.exact_log_p(trainer, rollouts, 2)
+    inside = log_p > -torch.inf
+
+    def kl() -> torch.Tensor:
+        log_t = torch.where(inside, tiny.log_probs(trainer, trainer.model, rollouts) - log_p, 0.0)
+        return -(log_p.exp() * log_t).view(2, 15).sum(1)
+
+    assert float(kl().min()) > 0.1
+    optimizer = torch.optim.Adam(trainer.model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 400, pct_start=0.1)
+    for _ in range(400):
+        rollouts.sampler_logp_B = tiny.log_probs(trainer, trainer.model, rollouts)
+        loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
+        optimizer.zero_grad()
+        (rollouts.sampler_logp_B.exp() * loss_B).sum().div(2).backward()
+        optimizer.step()
+        schedule.step()
+    assert float(kl().max()) < 1e-3
