@@ -169,6 +169,14 @@ def test_without_a_base_to_share_it_loads_its_own(places, tmp_path):
 
 
 def test_adapters_that_are_no_reward_model(places, tmp_path):
+    shutil.copytree(places[1], tmp_path / "mute")
+    for file in (tmp_path / "mute").glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match="there is no tokenizer beside the reward adapter .*mute.*reward_processing_classes"
+    ):
+        Reward(str(tmp_path / "mute"), 1.0)
+    Reward(str(tmp_path / "mute"), 1.0, reward_processing_classes=tiny.tokenizer())
     lm = get_peft_model(AutoModelForCausalLM.from_pretrained(places[0]), lora())
     lm.save_pretrained(tmp_path / "lm")
     tiny.tokenizer().save_pretrained(tmp_path / "lm")
