@@ -9,7 +9,8 @@
 
 The preferences come from a true reward that is written down (`hf_gdc.preferences`), so the table can say what the policy
 gained in truth and what only the reward model believes. A second run skips the stages that are finished, and goes on where
-the first was cut off; `--overwrite` makes all of them again. With `--use_peft` reward, policy, reference and critic are adapters on the fine-tuned model's weights.
+the first was cut off; `--overwrite` makes all of them again. With `--use_peft` reward, policy, reference and critic are
+adapters on the fine-tuned model's weights.
 One process.
 """
 
