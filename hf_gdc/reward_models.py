@@ -171,9 +171,14 @@ class RewardAdapter:
             with evaluating(model):
                 self._reader = self._reading(classifier_on(model, self.path, name))
 
+        reader = self._reader.model
+        heads = [part for key, part in reader.named_children() if key != reader.base_model_prefix]
+
         @contextmanager
         def active():
             with policy() as model, evaluating(model), adapter_active(model, name):
+                for head in heads:
+                    head.to(reader.device)  # the backbone may have moved when training began
                 yield
 
         self._active = active
