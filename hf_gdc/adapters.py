@@ -36,7 +36,8 @@ def only_trained_adapters(model: nn.Module):
     """Without those that are only read: a factor's stay in the folder that they came from when the policy is saved."""
     read = {}
     if isinstance(model, PeftModel):
-        read = {name: config for name, config in model.peft_config.items() if config.inference_mode}
+        configs = model.peft_config.items()
+        read = {name: own for name, own in configs if own.inference_mode and name not in model.active_adapters}
     for name in read:
         del model.peft_config[name]
     try:

@@ -148,7 +148,7 @@ class RewardAdapter:
                 f"the adapter {path} is for {self.config.task_type}, and a reward model's is for SEQ_CLS: train one with "
                 "recipes/reward_model --use_peft."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(path) if processing_class is None else processing_class
+        self.tokenizer = _tokenizer_beside(path) if processing_class is None else processing_class
         self.options = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
         self.__name__ = f"reward_model:{path}"
         self.spec = self.__name__ if processing_class is None and not chat_template_kwargs else None
@@ -171,9 +171,14 @@ class RewardAdapter:
             with evaluating(model):
                 self._reader = self._reading(classifier_on(model, self.path, name))
 
+        reader = self._reader.model
+        heads = [part for key, part in reader.named_children() if key != reader.base_model_prefix]
+
         @contextmanager
         def active():
             with policy() as model, evaluating(model), adapter_active(model, name):
+                for head in heads:
+                    head.to(reader.device)  # the backbone may have moved when training began
                 yield
 
         self._active = active
@@ -204,6 +209,15 @@ class RewardAdapter:
         # an adapter's folder has no configuration of the model, whose base knows neither
         model.config.pad_token_id, model.config._name_or_path = self.tokenizer.pad_token_id, self.path
         return RewardModel(model, self.tokenizer, **self.options)
+
+
+def _tokenizer_beside(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no tokenizer beside the reward adapter {path!r}: pass its base's in reward_processing_classes."
+        ) from error
 
 
 def _names() -> Iterator[str]:

@@ -179,8 +179,9 @@ def test_the_gdc_recipe_learns_from_a_teacher(tmp_path):
         tiny.model(seed, 1.0, torch.float32).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)
     script = Path(__file__).parents[1] / "recipes" / "gdc" / "run.py"
-    options = {"config": script.with_name("config.yaml"), "model_name_or_path": tmp_path / "student"}
-    options |= {"output_dir": tmp_path / "out", "teacher": tmp_path / "large", "max_steps": 30, "learning_rate": 1e-2}
+    (tmp_path / "config.yaml").write_text(f"teacher: {tmp_path / 'large'}\nreport_to: none\nsave_strategy: 'no'\n")
+    options = {"config": tmp_path / "config.yaml", "model_name_or_path": tmp_path / "student"}
+    options |= {"output_dir": tmp_path / "out", "max_steps": 30, "learning_rate": 1e-2}
     options |= {"max_completion_length": 3, "per_device_train_batch_size": 128, "fit_samples": 128, "use_cpu": "true"}
     options |= {"reference_samples": 512, "eval_samples": 512, "disable_tqdm": "true"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

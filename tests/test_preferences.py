@@ -131,6 +131,11 @@ def test_mistakes(base, tmp_path):
         ValueError, match=r"every pair has a text of more than max_length=4 tokens \(the shortest one has \d+"
     ):
         train_reward_model(options, ModelConfig(base), config(tmp_path / "short", max_length=4))
+    pairs = Dataset.from_list([{"prompt": "Tom", "chosen": text, "rejected": " cat"} for text in (" dog", " dog dog")])
+    assert (
+        len(tokenize_pairs(pairs, word_tokenizer(TEXTS), 3)) == 1
+        and len(tokenize_pairs(pairs, word_tokenizer(TEXTS), 4)) == 2
+    )
     chats = [{"role": "user", "content": "Tom"}]
     pairs = Dataset.from_list([{"prompt": chats, "chosen": chats, "rejected": chats}])
     with pytest.raises(ValueError, match="the preferences are chats, and the tokenizer has no chat template"):

@@ -102,6 +102,11 @@ def test_what_is_saved_is_the_policy_alone(places, tmp_path):
     trainer.save_model(str(tmp_path / "model"))
     assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == {"critic"}
     assert sorted(trainer.model.peft_config) == ["critic", "default", "reward"]
+    trainer.model.peft_config[
+        "default"
+    ].inference_mode = True  # as a user may have loaded it: it is the policy all the same
+    trainer.save_model(str(tmp_path / "frozen"))
+    assert (tmp_path / "frozen" / "adapter_model.safetensors").is_file()
     trainer.target.save_pretrained(tmp_path / "model")
     again = adapted(tmp_path / "again", str(tmp_path / "model"), places[1], peft_config=None)
     assert "reward" in again.model.peft_config  # the base of a saved adapter is known as well
@@ -169,6 +174,14 @@ def test_without_a_base_to_share_it_loads_its_own(places, tmp_path):
 
 
 def test_adapters_that_are_no_reward_model(places, tmp_path):
+    shutil.copytree(places[1], tmp_path / "mute")
+    for file in (tmp_path / "mute").glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match="there is no tokenizer beside the reward adapter .*mute.*reward_processing_classes"
+    ):
+        Reward(str(tmp_path / "mute"), 1.0)
+    Reward(str(tmp_path / "mute"), 1.0, reward_processing_classes=tiny.tokenizer())
     lm = get_peft_model(AutoModelForCausalLM.from_pretrained(places[0]), lora())
     lm.save_pretrained(tmp_path / "lm")
     tiny.tokenizer().save_pretrained(tmp_path / "lm")

@@ -69,6 +69,8 @@ def _with_prompt(rows: Dataset) -> Dataset:
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
     """Rows of `chosen_ids` and `rejected_ids`: prompt and completion as one text, or one chat in the template.
 
+    Pairs with a text of more than `max_length` tokens are left out: cut, it would not be what was judged.
+
     Raises:
         ValueError: no pair is short enough, or chats without a chat template.
     """
@@ -86,13 +88,15 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         return {f"{which}_ids": ids(batch["prompt"], batch[which]) for which in ("chosen", "rejected")}
 
     rows = pairs.map(tokenize, batched=True, remove_columns=pairs.column_names)
+    if max_length is None:
+        return rows
     longest = [max(map(len, row)) for row in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-    if max_length is not None and min(longest) > max_length:
+    if min(longest) > max_length:
         raise ValueError(
-            f"every pair has a text of more than max_length={max_length} tokens (the shortest one has {min(longest)}), and "
-            "RewardTrainer leaves such pairs out: raise max_length."
+            f"every pair has a text of more than max_length={max_length} tokens (the shortest one has {min(longest)}): raise "
+            "max_length."
         )
-    return rows
+    return rows.select([n for n, length in enumerate(longest) if length <= max_length])
 
 
 def train_reward_model(
@@ -121,10 +125,13 @@ def train_reward_model(
     loading = loading_options(model, args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
+    rows, args.max_length = tokenize_pairs(train, tokenizer, args.max_length), None  # TRL's versions cut or leave out
+    if len(rows) < len(train):
+        print(f"left out {len(train) - len(rows)} of {len(train)} pairs, which are too long")
     trainer = RewardTrainer(
         name,
         args,
-        train_dataset=tokenize_pairs(train, tokenizer, args.max_length),
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=adapter_config(replace(model, lora_task_type="SEQ_CLS")),
     )

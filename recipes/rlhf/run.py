@@ -9,11 +9,13 @@
 
 The preferences come from a true reward that is written down (`hf_gdc.preferences`), so the table can say what the policy
 gained in truth and what only the reward model believes. A second run skips the stages that are finished, and goes on where
-the first was cut off. With `--use_peft` reward, policy, reference and critic are adapters on the fine-tuned model's weights.
+the first was cut off; `--overwrite` makes all of them again. With `--use_peft` reward, policy, reference and critic are
+adapters on the fine-tuned model's weights.
 One process.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -43,6 +45,20 @@ from hf_gdc.trl_compat import ModelConfig, RewardConfig
 
 COMMAND = "accelerate launch recipes/rlhf/run.py --config recipes/rlhf/config.yaml"
 MODELS = ("pretrain", "sft", "policy")
+# beginnings of options that say where and how a run is kept and shown, not what comes out
+KEEPING = (
+    "output_dir",
+    "overwrite",
+    "disable_tqdm",
+    "run_name",
+    "log",
+    "save",
+    "report",
+    "resume",
+    "hub",
+    "push",
+    "trackio",
+)
 
 
 @dataclass
@@ -57,7 +73,9 @@ class RecipeArguments:
     num_pairs: int = field(default=4000, metadata={"help": "Preferences."})
     preference_temperature: float = field(default=1.0, metadata={"help": "Their noise, in units of the true reward."})
     sft_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the fine-tuning."})
-    reward_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the reward model."})
+    reward_learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate of the reward model; an adapter's is five times that."}
+    )
     num_prompts: int = field(default=4096, metadata={"help": "First sentences that the policy is trained on."})
     report_samples: int = field(default=1024, metadata={"help": "Completions of each model in the final table."})
 
@@ -82,9 +100,11 @@ class Chain:
         self.made: dict[str, str] = {}
 
     def stage(self, name: str, make, after: tuple[str, ...] = (), **options) -> None:
-        began = time.monotonic()
+        began, folder = time.monotonic(), self.output / name
+        if self.args.overwrite and (folder / "stage.json").is_file():
+            shutil.rmtree(folder)
         options |= {f"made from {before}": self.made[before] for before in after} | {"seed": self.args.seed}
-        self.made[name] = run_once(self.output / name, options, make)
+        self.made[name] = run_once(folder, options, make)
         print(f"--- {name}: {time.monotonic() - began:.0f} seconds", flush=True)
 
     def folder(self, name: str) -> str:
@@ -101,7 +121,7 @@ class Chain:
         judged = _some(own, "num_pairs preference_temperature reward_learning_rate") | self.lora
         self.stage("reward_model", self.learn_reward, ("sft",), **judged)
         chosen = self.args.to_dict()
-        options = {f.name: chosen[f.name] for f in fields(PPOConfig) if f.name not in _place_fields()}
+        options = {f.name: chosen[f.name] for f in fields(PPOConfig) if not f.name.startswith(KEEPING)}
         options |= _some(own, "method num_prompts") | self.lora
         self.stage("policy", self.train_policy, ("sft", "reward_model"), **options)
 
@@ -199,11 +219,6 @@ class Chain:
 
 def _some(options, names: str) -> dict:
     return {name: getattr(options, name) for name in names.split()}
-
-
-def _place_fields() -> set[str]:
-    """Options that say where and how a run is kept, not what comes out."""
-    return {"output_dir", "overwrite", "disable_tqdm", "run_name", "logging_dir", "resume_from_checkpoint", "hub_token"}
 
 
 # ---- the table ----
