@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = "outputs/benchmarks/base/pretrain/model"  # quickstart_problem's, made there if absent
 REWARD, BETA = "count:was", 0.9
 STEPS, SAMPLES, LENGTH = 60, 128, 47
-RATES, GRID_SEED, SEEDS = [1e-3, 3e-3, 1e-2], 0, [1, 2, 3]
+RATES, GRID_SEED, SEEDS = [3e-4, 1e-3, 3e-3, 1e-2], 0, [1, 2, 3]
 T_975 = 4.303  # Student's t for 2 degrees of freedom
 
 METHODS = {  # of each, what differs from the common options
