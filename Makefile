@@ -51,9 +51,9 @@ $(TRL_PPO)/installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRL_PPO) trl==1.12.0
 	touch $@
 
-test-trl-ppo: $(TRL_PPO)/installed ## PPO's terms against those of TRL 1.12
+test-trl-ppo: $(TRL_PPO)/installed ## PPO against TRL 1.12's, and the recipe that runs it
 	PYTHONPATH=$(TRL_PPO) $(BIN)/python -c "import trl.experimental.ppo.ppo_trainer"
-	PYTHONPATH=$(TRL_PPO) $(BIN)/python -m pytest -q tests/test_ppo_terms.py $(OPTIONS)
+	PYTHONPATH=$(TRL_PPO) $(BIN)/python -m pytest -q tests/test_ppo_terms.py tests/test_trl_recipe.py $(OPTIONS)
 
 bench: $(VENV)/installed ## the trainer's step against a bare loop
 	$(BIN)/python recipes/benchmarks/gdc_step.py

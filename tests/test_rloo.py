@@ -144,7 +144,7 @@ def test_difference_grpo_pulls_by_a_kl_of_next_tokens(corrected, tmp_path):
     Its own group's mean is the baseline, which scales the reward's part by (G - 1) / G; `dr_grpo` divides by the length.
     """
     lm = tiny.model(1, 1.0)
-    options = {"loss_type": "dr_grpo", "scale_rewards": False, "use_bias_correction_kl": corrected}
+    options = {"loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": corrected}
     theirs = trl("grpo", tmp_path, **options)
     theirs.model.load_state_dict(lm.state_dict())
     ours, rollouts = gdc(tmp_path, lm, ("",))

@@ -1,9 +1,9 @@
 """TRL's own RLOO, GRPO or, where TRL 1.12 is installed, PPO, on a model and reward functions of hf_gdc.
 
     accelerate launch recipes/trl/run.py --config recipes/trl/config.yaml --method rloo \
-        --model_name_or_path outputs/pretrain/model --reward count:and
+        --model_name_or_path outputs/pretrain/model --reward count:was
     PYTHONPATH=.trl-1.12 accelerate launch recipes/trl/run.py --config recipes/trl/ppo.yaml --method ppo \
-        --model_name_or_path outputs/pretrain/model --reward count:and
+        --model_name_or_path outputs/pretrain/model --reward count:was
 
 Options are those of TRL's config for the method. TRL's code runs as it is; the model goes to OUTPUT_DIR/model. Left out:
 adapters, and resuming, which TRL does not do exactly.
@@ -37,7 +37,7 @@ class RunArguments:
 
     method: str = field(metadata={"help": "rloo, grpo or ppo.", "choices": METHODS})
     model_name_or_path: str = field(metadata={"help": "Path of the model, or its id on the Hub."})
-    reward: list[str] = field(metadata={"help": "Reward functions, added up: count:and my_rewards.py:helpful."})
+    reward: list[str] = field(metadata={"help": "Reward functions, added up: count:was my_rewards.py:helpful."})
     data: str | None = field(
         default=None,
         metadata={"help": "Prompts: a .jsonl file or a Hub dataset with a column `prompt`. Default: the empty prompt."},
