@@ -22,6 +22,7 @@ FLOORS = [
         "scoring",
         "stories",
         "muon",
+        "onnx_export",
         "trl_compat",
         "models",
     ],
