@@ -138,7 +138,10 @@ def test_training_reaches_the_target(options, target, tmp_path):
     assert kl() < 1e-3
 
 
-CONDITIONAL = ("b a", "a b")  # of different tokens: without a start token, "a" and "a a" look alike to a model with rotary positions
+CONDITIONAL = (
+    "b a",
+    "a b",
+)  # of different tokens: without a start token, "a" and "a a" look alike to a model with rotary positions
 
 
 @pytest.mark.parametrize("name,target", [("js", "pointwise"), ("kl", "reward")])
