@@ -57,11 +57,12 @@ FLOORS = [
         "scorers",
         "reward_models",
         "text_models",
+        "text_scores",
         "vllm_sampler",
     ],
     ["targets", "replay", "quasi_rejection"],
     ["trainers"],
-    ["cli"],
+    ["cli", "commands"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SIDEWAYS = {"targets.base", "trainers.policy_gradient"}

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..divergences import get_divergence
 from ..features import Feature, map_file
+from ..hub import local_folder
 from ..moment_window import MomentWindow
 from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
@@ -305,13 +306,20 @@ class Target(Factor):
         (folder / "target.json").write_text(text + "\n")
 
     @classmethod
-    def from_pretrained(cls, path: "str | Path") -> "Target":
+    def from_pretrained(
+        cls, path: "str | Path", revision: str | None = None, trust_remote_code: bool = False
+    ) -> "Target":
         """The target that `save_pretrained` wrote, lambdas included.
+
+        Args:
+            path: a folder or an id of the Hub.
+            revision: branch, tag or commit on the Hub.
+            trust_remote_code: from the Hub, fetch the Python files of its features too, which then run here.
 
         Raises:
             ValueError: no target there, or one with a factor that this version doesn't know.
         """
-        file = Path(path) / "target.json"
+        file = local_folder(path, ["target.json"] + ["*.py"] * trust_remote_code, revision) / "target.json"
         if not file.is_file():
             raise ValueError(f"there is no target in {str(path)!r}: {file.name} is missing.")
         content = json.loads(file.read_text())
