@@ -12,15 +12,15 @@ Left out: the losses (`objectives`). Shapes: N real tokens, H hidden.
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_active, add_adapter
 from .scoring import causal_lm, same_trainable
 
 KINDS = ("shared", "adapter", "separate")
@@ -81,45 +81,20 @@ def attach_critic(model: "PreTrainedModel | PeftModel", kind: str, path: str | N
         own = [f"critic.{name}" for name in model.critic.state_dict()]
         model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *own]
     if kind == "adapter" and path is None:
-        policy = model.active_adapter
-        with same_trainable(model):
-            model.add_adapter(ADAPTER, _without_head(model, model.peft_config[policy]))
-        _train_both(model, policy)
+        add_adapter(model, ADAPTER)
+        model.set_requires_grad(ADAPTER)
     if path is not None:
         load_critic(model, path)
     return model.critic if kind != "adapter" else _adapter_critic(model)
 
 
-def _without_head(model: PeftModel, config: PeftConfig) -> PeftConfig:
-    """The policy's adapter again, except on the vocabulary's head, which values don't pass through."""
-    config = copy.deepcopy(config)
-    head = model.get_base_model().get_output_embeddings()
-    names = {name.rpartition(".")[2] for name, module in model.get_base_model().named_modules() if module is head}
-    config.modules_to_save = None
-    if not isinstance(config.target_modules, str):
-        config.target_modules = set(config.target_modules) - names
-    return config
-
-
 def _adapter_critic(model: PeftModel) -> Callable:
     def critic(hidden_NH: Tensor, run: Callable[[nn.Module], Tensor]) -> Tensor:
-        with _critic_active(model):
+        with adapter_active(model, ADAPTER):
             hidden_NH = run(model.get_base_model().base_model)
         return model.critic(hidden_NH, run)
 
     return critic
-
-
-@contextmanager
-def _critic_active(model: PeftModel):
-    """The critic's adapter in place of the policy's; both stay as trainable as they are."""
-    policy = model.active_adapter
-    with same_trainable(model):
-        model.set_adapter(ADAPTER)
-        try:
-            yield
-        finally:
-            model.set_adapter(policy)
 
 
 def _train_both(model: PeftModel, policy: str) -> None:
