@@ -85,6 +85,11 @@ class Actors:
         with self._policy_active():
             return self._score(self.scorer, rollouts)
 
+    def policy_logps(self, rollouts: Rollouts) -> Tensor:
+        """(B, T) log pi of each token under the policy as it is now, on the accelerator's device."""
+        with self._policy_active():
+            return outputs_in_parts(self.scorer, rollouts, self.batch_size, self.accelerator.device).logps_BT
+
     def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
         """Set per-token log pi of the policy as it is now, log a and, with a critic, the values before each token.
 

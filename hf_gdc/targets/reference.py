@@ -47,11 +47,14 @@ class Reference(Factor):
 class Policy(Factor):
     """q(x), whatever produced the rollouts; it contributes nothing to log P - log q.
 
-    `Policy() * Discriminator(...)` is the target of a GAN.
+    `Policy() * Discriminator(...)` is the target of a GAN. Where other samples have joined the rollouts, so that
+    `sampler_logp_B` is the density of a mixture, `scores[Policy.JOINED]` is log q.
     """
 
+    JOINED = "log q before samples joined"
+
     def log_score(self, rollouts: Rollouts) -> Tensor:
-        return rollouts.sampler_logp_B
+        return rollouts.scores.get(self.JOINED, rollouts.sampler_logp_B)
 
     def formula(self) -> str:
         return "q(x)"
