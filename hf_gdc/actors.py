@@ -53,6 +53,13 @@ class Actors:
         with self._policy_active() as model:
             return self._sample(self.sampler, model, rows)
 
+    def sample_reference(self, rows: Sequence[dict]) -> Rollouts:
+        """One completion from the reference, unwarped, for each of this process's rows."""
+        with self._reference_active() as model:
+            rollouts = self._sample(self.sampler.unwarped(), model, rows)
+        rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
+        return rollouts
+
     def draw(
         self, rows: Sequence[dict], from_reference: bool, salt: int = 0, other: nn.Module | None = None
     ) -> Rollouts:

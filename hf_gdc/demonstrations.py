@@ -49,12 +49,14 @@ class Demonstrations:
         parts = [replace(part, sampler_logps_BT=None, policy_logps_BT=None) for part in (rollouts, given)]
         both = Rollouts.concatenate(parts)
         keys, group = torch.unique(both.prompt_key_B, return_inverse=True)
-        fresh, texts = (torch.bincount(part, minlength=len(keys)) for part in group.split([len(rollouts), self.size]))
-        log_z_G = group_logsumexp(log_weight, group[: len(rollouts)], len(keys)) - fresh.double().log()
+        fresh, texts = (
+            torch.bincount(part, minlength=len(keys)).double() for part in group.split([len(rollouts), self.size])
+        )
+        log_z_G = group_logsumexp(log_weight, group[: len(rollouts)], len(keys)) - fresh.log()
         log_q = both.policy_logp_B
         log_m = torch.logaddexp(
-            log_q + (fresh / (fresh + texts)).double().log()[group],
-            _safe(log_score - log_z_G[group]) + (texts / (fresh + texts)).double().log()[group],
+            log_q + (fresh / (fresh + texts)).log()[group],
+            _safe(log_score - log_z_G[group]) + (texts / (fresh + texts)).log()[group],
         )
         both.scores[Policy.JOINED], both.sampler_logp_B = log_q, log_m
         return both

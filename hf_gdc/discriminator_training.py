@@ -108,8 +108,8 @@ class DiscriminatorLearner:
         """Learn from fresh samples and real texts; True if the network changed."""
         learn = True
         if self.game is not None:
-            scores = self.network.whole_scores
-            metrics, learn = self.game.observe(real, rollouts, scores(real), scores(rollouts))
+            sampled = self.network.whole_scores(rollouts)  # at hand: the target has scored them, before the real texts
+            metrics, learn = self.game.observe(real, rollouts, self.network.whole_scores(real), sampled)
             self.log(metrics)
         if learn:
             for _ in range(self.args.discriminator_steps):
@@ -162,9 +162,9 @@ class DiscriminatorLearner:
         with self._penalised(fake, args.r2) as fake_penalty:
             fake_BT = network.logits(fake)
             penalty = penalty + fake_penalty(fake_BT)
-        return self.classification(real_BT, fake_BT, real, fake) + penalty
+        return self.objective(real_BT, fake_BT, real, fake) + penalty
 
-    def classification(self, real_BT: Tensor, fake_BT: Tensor, real: Rollouts, fake: Rollouts) -> Tensor:
+    def objective(self, real_BT: Tensor, fake_BT: Tensor, real: Rollouts, fake: Rollouts) -> Tensor:
         """The weighted loss of logits."""
         args = self.args
         weights_RT, weights_FT = self._weights(real, real_BT), self._weights(fake, fake_BT)

@@ -171,6 +171,13 @@ class UnifiedConfig(AdversarialConfig):
             "policy), critic (the divergence itself, by a second discriminator)."
         },
     )
+    reference_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "So many samples of the reference join each set that a process's energy learns from: a multiple of its "
+            "real texts."
+        },
+    )
     distil: bool = field(
         default=True, metadata={"help": "The first term's gradient in the energy; without it lambda is only a scale."}
     )
@@ -180,6 +187,18 @@ class UnifiedConfig(AdversarialConfig):
         _check_choice(self, "data_term", DATA_TERMS)
         if not self.data_weight > 0:
             raise ValueError(f"data_weight must be positive, but is {self.data_weight}.")
+        if self.reference_negatives < 0:
+            raise ValueError(f"reference_negatives can't be negative, but is {self.reference_negatives}.")
+        if self.discriminator_replay_samples:
+            raise ValueError(
+                "discriminator_replay_samples corrects a log-ratio to the policy, and an energy's expectations need no earlier "
+                "samples: use reference_negatives."
+            )
+        if self.warped and (self.reference_negatives or self.data_term == "nce"):
+            raise ValueError(
+                "reference_negatives and nce need the policy's own density of every text: sample without temperature, top_k, "
+                "top_p, min_p and repetition_penalty."
+            )
 
 
 def _check_choice(args, name: str, known: tuple[str, ...]) -> None:

@@ -56,7 +56,9 @@ class PrefixCredit:
         keys, group_N = torch.unique(scored_N.prompt_key, return_inverse=True)
         place_NL = group_N[:, None] * self.length + torch.arange(self.length)
         cells, size_N = len(keys) * self.length, torch.bincount(group_N)[group_N]
-        log_z_NL = group_logsumexp(log_e_NL.flatten(), place_NL.flatten(), cells)[place_NL] - size_N.log()[:, None]
+        log_z_NL = (
+            group_logsumexp(log_e_NL.flatten(), place_NL.flatten(), cells)[place_NL] - size_N.double().log()[:, None]
+        )
         # at the time of the rollouts pi_old/q is a sequence's, of warped sampling alone
         log_ratio_N = scored_N.policy_logp - scored_N.sampler_logp
         reward_NL = torch.where(inside_NL, pseudo_reward(log_z_NL - log_e_NL), 0.0)

@@ -140,7 +140,7 @@ class AdversarialTrainer(GDCTrainer):
 
     def evaluate_game(self, eval_dataset=None, prefix: str = "eval") -> dict[str, float]:
         """What held-out texts say: see `GANTrainer.evaluate`."""
-        dataset = self.eval_dataset or self.train_dataset if eval_dataset is None else with_completions(eval_dataset)
+        dataset = eval_dataset or self.eval_dataset or self.train_dataset
         rows = first_rows(dataset, self.args.eval_samples)
         world, rank = self.args.world_size, self.args.process_index
         real = self.texts_of([*rows, *rows[: -len(rows) % world]][rank::world], torch.device("cpu"))

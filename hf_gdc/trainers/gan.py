@@ -24,6 +24,7 @@ from torch import Tensor
 from ..evaluation import Scored
 from ..gan_arguments import GANConfig
 from ..objectives import clipped_policy_loss
+from ..real_text import with_completions
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets import Discriminator, Policy
@@ -112,6 +113,8 @@ class GANTrainer(AdversarialTrainer):
         `nll` of the real texts under the policy (nats; KL(p_data || pi) up to the data's entropy), lower bounds of the
         divergences from the logits (`js_bound`, ...), the discriminator's accuracy, AUC and calibration, lengths, copies.
         """
+        if eval_dataset is not None:
+            eval_dataset = with_completions(eval_dataset)
         metrics = self.evaluate_game(eval_dataset, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
