@@ -16,7 +16,7 @@ from .rollouts import Rollouts
 
 SEPARABLE = 0.99  # the area under the curve at which the sides count as separable
 TELLING = 0.8  # the area at which one plain feature counts as the discriminator's shortcut
-COLLAPSED = 0.5  # share of copies among the samples, beyond that among the real texts, which counts as a collapse
+COLLAPSED = 0.25  # times the real texts' share of distinct ones: samples with fewer count as a collapse
 ACTIONS = ("warn", "pause", "stop")
 
 
@@ -118,7 +118,7 @@ class Game:
             self._name_shortcuts(*sides, real, fake)
         signs = {
             "separable": area >= SEPARABLE,
-            "copies": metrics["game/copies"] >= COLLAPSED + metrics["game/copies_real"],
+            "copies": 1 - metrics["game/copies"] < COLLAPSED * (1 - metrics["game/copies_real"]),
         }
         for sign, seen in signs.items():
             self._rounds[sign] = self._rounds[sign] + 1 if seen else 0
