@@ -6,7 +6,7 @@ import tiny
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, TrainerCallback
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, Reward, UnifiedConfig, UnifiedTrainer
 from hf_gdc.logit_networks import LogitNetwork
@@ -131,3 +131,29 @@ class Optimal(LogitNetwork):
 def reward_of_a():
     """exp(number of a's), a further factor."""
     return Reward(tiny.count_a, beta=1.0)
+
+
+class Callback(TrainerCallback):
+    """A callback to be filled in."""
+
+
+def stop_after(step: int) -> TrainerCallback:
+    """Ends the run after this step, as if it had been cut there."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == step
+
+    return Stop()
+
+
+class OptimalAgainst(Optimal):
+    """As `Optimal`, against the policy as it is now: real texts too have a logit."""
+
+    def __init__(self, log_p: Tensor, trainer):
+        super().__init__(log_p)
+        self._trainer = trainer
+
+    def forward(self, rollouts):
+        index = torch.tensor([self.strings[tuple(row)] for row in rollouts.completion_ids()])
+        return (self.log_p[index] - self._trainer().actors.policy_logp(rollouts))[:, None] + 0 * self.table
