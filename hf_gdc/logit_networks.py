@@ -9,7 +9,6 @@ Left out: training (`discriminator_training`). Shapes: B completions, T completi
 tokens of prompt and completion, H hidden.
 """
 
-import copy
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -217,12 +216,13 @@ class ClassifierNetwork(LogitNetwork):
         return self.model.get_input_embeddings()
 
     def save_pretrained(self, folder: Path) -> None:
-        model = self.model
-        if any(is_parametrized(module) for module in model.modules()):
-            model = copy.deepcopy(model).eval()
-            for module in [m for m in model.modules() if is_parametrized(m)]:
-                remove_parametrizations(module, "weight")
-        model.save_pretrained(folder)
+        mark, plain = ".parametrizations.weight.", {}
+        with self.in_mode(training=False):
+            for name, value in self.model.state_dict().items():
+                stem, _, leaf = name.partition(mark)
+                if leaf in ("", "original"):  # of a normalised layer, what its weight comes to
+                    plain[f"{stem}.weight" if leaf else name] = self.model.get_submodule(stem).weight if leaf else value
+        self.model.save_pretrained(folder, state_dict=plain)
 
 
 def load_classifier(name: str, dense: bool) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, TrainerCallback
 
-from hf_gdc import Discriminator, GANConfig, GANTrainer, Reward, UnifiedConfig, UnifiedTrainer
+from hf_gdc import Discriminator, GANConfig, GANTrainer, Policy, Reward, UnifiedConfig, UnifiedTrainer
 from hf_gdc.logit_networks import LogitNetwork
 
 DEFAULTS = {"max_completion_length": tiny.LENGTH, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -116,7 +116,8 @@ class Optimal(LogitNetwork):
     def forward(self, rollouts):
         index = torch.tensor([self.strings[tuple(row)] for row in rollouts.completion_ids()])
         if not self.dense:
-            logits_B1 = (self.log_p[index] - rollouts.sampler_logp_B)[:, None]
+            log_q = rollouts.scores.get(Policy.JOINED, rollouts.sampler_logp_B)
+            logits_B1 = (self.log_p[index] - log_q)[:, None]
             return (logits_B1 + self.error).nan_to_num(0.0) + 0 * self.table
         rows = tiny.strings()
         logits_BT = torch.zeros(rollouts.completion_ids_BT.shape, dtype=torch.float64)

@@ -128,13 +128,19 @@ class AdversarialTrainer(GDCTrainer):
         return rollouts
 
     def sample_losses(self, model, rollouts: Rollouts) -> tuple[Tensor, PolicyOutput]:
-        """(B,) losses: of the game, 0 while the discriminator warms up, or -log pi of real texts."""
+        """(B,) losses: of the game, or -log pi of real texts."""
         if rollouts.log_score_B is None:
             out = self.actors.scorer.rollouts(rollouts, module=model)
             self._averages.add({"nll": float(-out.logp_B.detach().mean())})
             return -out.logp_B, out
-        loss_B, out = super().sample_losses(model, rollouts)
-        return (0.0 * loss_B if self.phase == "warmup" else loss_B), out
+        return super().sample_losses(model, rollouts)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.phase == "warmup":  # a zero gradient would still move the policy, by its optimizer's momentum
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        return loss
 
     # ---- evaluation ----
 
