@@ -344,13 +344,16 @@ def test_evaluation_measures_the_game(tmp_path):
     trainer = adversaries.gan(tmp_path, optimal, **options)
     metrics = trainer.evaluate()
     every = tiny.enumerated(trainer, sampler=trainer.model)
-    from hf_gdc import get_divergence
-
+    pi, ratio = every.sampler_logp_B.exp(), log_p - every.sampler_logp_B
     for name, key in {"js": "js", "kl": "kl_target_policy", "reverse_kl": "kl_policy_target", "tv": "tv"}.items():
-        exact = float(tiny.exact_divergence(get_divergence(name), every.sampler_logp_B, log_p))
-        assert metrics[f"eval_{key}_bound"] == pytest.approx(exact, abs=0.12), name
+        divergence = get_divergence(name)
+        exact = float(tiny.exact_divergence(divergence, every.sampler_logp_B, log_p))
+        terms = dual(-ratio, divergence.f, divergence.f_prime), divergence.f_prime(-ratio)
+        variance = sum(w @ v**2 - (w @ v) ** 2 for w, v in zip((log_p.exp(), pi), terms, strict=True))
+        assert metrics[f"eval_{key}_bound"] == pytest.approx(exact, abs=4 * float(variance / 4096) ** 0.5), name
     assert metrics["eval_nll"] == pytest.approx(-float((log_p.exp() * every.sampler_logp_B).sum()), abs=0.1)
-    assert abs(metrics["eval_discriminator/calibration"]) < 0.1
+    spread = float(((2 * ratio).exp() * pi).sum() - 1) ** 0.5 / 64
+    assert math.exp(metrics["eval_discriminator/calibration"]) == pytest.approx(1.0, abs=4 * spread)
     json.dumps(metrics, allow_nan=False)
 
 

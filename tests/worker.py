@@ -137,9 +137,10 @@ def _same_game(folder: str, processes: str, kind: str) -> None:
 
     from hf_gdc import Discriminator
 
-    options = {"lm": tiny.model(0, 0.5, torch.float32), "max_steps": 2, "discriminator_steps": 2}
+    options = {"lm": tiny.model(0, 0.5), "max_steps": 2, "discriminator_steps": 2}
     options |= {"per_device_train_batch_size": 32 // int(processes), "overwrite": True}
-    network = Discriminator(adversaries.classifier(dense=kind == "dense", scale=0.3), dense=kind == "dense")
+    dense = kind == "dense"
+    network = Discriminator(adversaries.classifier(dense=dense, scale=0.3, dtype=torch.float64), dense=dense)
     make = adversaries.unified if kind == "unified" else adversaries.gan
     trainer = make(f"{folder}/{kind}{processes}", network, **options)
     assert trainer.args.world_size == int(processes), trainer.args.world_size
