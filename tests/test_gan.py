@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig
 from test_resume import assert_equal
 
-from hf_gdc import Discriminator, GANConfig, GANTrainer, Target
+from hf_gdc import Discriminator, GANConfig, GANTrainer, Target, get_divergence
+from hf_gdc.adversarial_losses import dual
 from hf_gdc.discriminator_training import MOST, PREFIXES, WEIGHT
 
 WORKER = Path(__file__).parent / "worker.py"
