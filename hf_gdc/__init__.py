@@ -14,7 +14,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "divergences": ["Divergence", "available_divergences", "get_divergence"],
     "metrics": ["load_metric"],
-    "models": ["SmallGPTConfig", "SmallGPTForCausalLM", "SmallGPTModel"],
+    "models": [
+        "SmallGPTConfig",
+        "SmallGPTForCausalLM",
+        "SmallGPTForMaskedLM",
+        "SmallGPTForQuestionAnswering",
+        "SmallGPTForSequenceClassification",
+        "SmallGPTForTokenClassification",
+        "SmallGPTModel",
+    ],
     "quasi_rejection": ["QuasiRejectionSampler"],
     "rollouts": ["Rollouts"],
     "targets": ["Discriminator", "Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],

@@ -4,14 +4,16 @@
 
 def register():
     """Make transformers' Auto classes build these models from `model_type` alone, without remote code."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models import auto
 
-    from .configuration_small_gpt import SmallGPTConfig
-    from .modeling_small_gpt import SmallGPTForCausalLM, SmallGPTModel
+    from . import configuration_small_gpt, modeling_small_gpt
 
-    AutoConfig.register(SmallGPTConfig.model_type, SmallGPTConfig, exist_ok=True)
-    AutoModel.register(SmallGPTConfig, SmallGPTModel, exist_ok=True)
-    AutoModelForCausalLM.register(SmallGPTConfig, SmallGPTForCausalLM, exist_ok=True)
+    config_class = configuration_small_gpt.SmallGPTConfig
+    auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, reference in configuration_small_gpt.AUTO_MAP.items():
+        if auto_class != "AutoConfig":
+            model_class = getattr(modeling_small_gpt, reference.split(".")[1])
+            getattr(auto, auto_class).register(config_class, model_class, exist_ok=True)
 
 
 # Below `register`, and transformers first: `hf_gdc` calls `register` once transformers has been imported, and
@@ -19,6 +21,22 @@ def register():
 import transformers  # noqa: E402, F401
 
 from .configuration_small_gpt import SmallGPTConfig  # noqa: E402
-from .modeling_small_gpt import SmallGPTForCausalLM, SmallGPTModel  # noqa: E402
+from .modeling_small_gpt import (  # noqa: E402
+    SmallGPTForCausalLM,
+    SmallGPTForMaskedLM,
+    SmallGPTForQuestionAnswering,
+    SmallGPTForSequenceClassification,
+    SmallGPTForTokenClassification,
+    SmallGPTModel,
+)
 
-__all__ = ["SmallGPTConfig", "SmallGPTForCausalLM", "SmallGPTModel", "register"]
+__all__ = [
+    "SmallGPTConfig",
+    "SmallGPTForCausalLM",
+    "SmallGPTForMaskedLM",
+    "SmallGPTForQuestionAnswering",
+    "SmallGPTForSequenceClassification",
+    "SmallGPTForTokenClassification",
+    "SmallGPTModel",
+    "register",
+]
