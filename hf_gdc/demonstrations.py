@@ -20,8 +20,7 @@ from torch import Tensor
 from .actors import Actors
 from .partition import group_logsumexp
 from .rollouts import Rollouts
-from .targets.base import Target
-from .targets.reference import Policy
+from .targets.base import BEFORE_JOINING, Target
 
 
 class Demonstrations:
@@ -58,7 +57,7 @@ class Demonstrations:
             log_q + (fresh / (fresh + texts)).log()[group],
             _safe(log_score - log_z_G[group]) + (texts / (fresh + texts)).log()[group],
         )
-        both.scores[Policy.JOINED], both.sampler_logp_B = log_q, log_m
+        both.scores[BEFORE_JOINING], both.sampler_logp_B = log_q, log_m
         return both
 
     def state_dict(self) -> dict:

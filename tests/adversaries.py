@@ -8,8 +8,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, TrainerCallback
 
-from hf_gdc import Discriminator, GANConfig, GANTrainer, Policy, Reward, UnifiedConfig, UnifiedTrainer
+from hf_gdc import Discriminator, GANConfig, GANTrainer, Reward, UnifiedConfig, UnifiedTrainer
 from hf_gdc.logit_networks import LogitNetwork
+from hf_gdc.targets.base import BEFORE_JOINING
 
 DEFAULTS = {"max_completion_length": tiny.LENGTH, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
 DEFAULTS |= {"max_steps": 1, "save_strategy": "no", "logging_steps": 1000, "learning_rate": 1e-2}
@@ -116,7 +117,7 @@ class Optimal(LogitNetwork):
     def forward(self, rollouts):
         index = torch.tensor([self.strings[tuple(row)] for row in rollouts.completion_ids()])
         if not self.dense:
-            log_q = rollouts.scores.get(Policy.JOINED, rollouts.sampler_logp_B)
+            log_q = rollouts.scores.get(BEFORE_JOINING, rollouts.sampler_logp_B)
             logits_B1 = (self.log_p[index] - log_q)[:, None]
             return (logits_B1 + self.error).nan_to_num(0.0) + 0 * self.table
         rows = tiny.strings()

@@ -26,6 +26,7 @@ from ..moment_window import MomentWindow
 from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
 
+BEFORE_JOINING = "log q before others joined"  # an entry of scores, where sampler_logp_B is the density of a mixture
 MODEL = "factor_{number}"  # the folder of a factor's model, beside target.json
 
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from ..frozen import FrozenLM
 from ..rollouts import Rollouts
-from .base import Context, Factor
+from .base import BEFORE_JOINING, Context, Factor
 
 
 class Reference(Factor):
@@ -48,13 +48,11 @@ class Policy(Factor):
     """q(x), whatever produced the rollouts; it contributes nothing to log P - log q.
 
     `Policy() * Discriminator(...)` is the target of a GAN. Where other samples have joined the rollouts, so that
-    `sampler_logp_B` is the density of a mixture, `scores[Policy.JOINED]` is log q.
+    `sampler_logp_B` is the density of a mixture, `scores[BEFORE_JOINING]` is log q.
     """
 
-    JOINED = "log q before samples joined"
-
     def log_score(self, rollouts: Rollouts) -> Tensor:
-        return rollouts.scores.get(self.JOINED, rollouts.sampler_logp_B)
+        return rollouts.scores.get(BEFORE_JOINING, rollouts.sampler_logp_B)
 
     def formula(self) -> str:
         return "q(x)"
