@@ -25,10 +25,12 @@ _PUBLIC = {
     ],
     "quasi_rejection": ["QuasiRejectionSampler"],
     "rollouts": ["Rollouts"],
-    "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],
+    "targets": ["Discriminator", "Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],
     "trainers.distillation": ["DistillationConfig", "DistillationTrainer"],
+    "trainers.gan": ["GANConfig", "GANTrainer"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
     "trainers.ppo": ["PPOConfig", "PPOTrainer"],
+    "trainers.unified": ["UnifiedConfig", "UnifiedTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

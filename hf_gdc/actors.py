@@ -54,6 +54,13 @@ class Actors:
         with self.policy_active() as model:
             return self._sample(self.sampler, model, rows)
 
+    def sample_reference(self, rows: Sequence[dict]) -> Rollouts:
+        """One completion from the reference, unwarped, for each of this process's rows."""
+        with self._reference_active() as model:
+            rollouts = self._sample(self.sampler.unwarped(), model, rows)
+        rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
+        return rollouts
+
     def draw(
         self, rows: Sequence[dict], from_reference: bool, salt: int = 0, other: nn.Module | None = None
     ) -> Rollouts:
@@ -90,6 +97,11 @@ class Actors:
         """(B,) log pi of the policy as it is now."""
         with self.policy_active():
             return self._score(self.scorer, rollouts)
+
+    def policy_logps(self, rollouts: Rollouts) -> Tensor:
+        """(B, T) log pi of each token under the policy as it is now, on the accelerator's device."""
+        with self.policy_active():
+            return outputs_in_parts(self.scorer, rollouts, self.batch_size, self.accelerator.device).logps_BT
 
     def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
         """Set per-token log pi of the policy as it is now, log a and, with a critic, the values before each token.

@@ -31,6 +31,31 @@ def adapter_active(model: PeftModel, name: str):
             model.set_adapter(before)
 
 
+def add_adapter(model: PeftModel, name: str) -> None:
+    """Put an adapter like the policy's beside it; what was trainable stays so, and the new one is not yet."""
+    policy = model.active_adapter
+    with same_trainable(model):
+        model.add_adapter(name, _without_head(model, model.peft_config[policy]))
+        model.set_adapter(policy)
+    model.set_requires_grad(name, False)
+
+
+def adapter_parameters(model: PeftModel, name: str) -> dict:
+    """The adapter's parameters, by name."""
+    return {full: parameter for full, parameter in model.named_parameters() if f".{name}." in f"{full}."}
+
+
+def _without_head(model: PeftModel, config: PeftConfig) -> PeftConfig:
+    """The policy's adapter again, except on the vocabulary's head, which hidden states don't pass through."""
+    config = copy.deepcopy(config)
+    head = model.get_base_model().get_output_embeddings()
+    names = {name.rpartition(".")[2] for name, module in model.get_base_model().named_modules() if module is head}
+    config.modules_to_save = None
+    if not isinstance(config.target_modules, str):
+        config.target_modules = set(config.target_modules) - names
+    return config
+
+
 @contextmanager
 def only_trained_adapters(model: nn.Module):
     """Without those that are only read: a factor's stay in the folder that they came from when the policy is saved."""

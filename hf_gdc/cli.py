@@ -14,10 +14,10 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from .arguments import check_options
-from .data import load_prompts
+from .data import load_prompts, load_text
 from .hub import write_model_card
 from .loading import loading_options
-from .targets import Moment, Pointwise, Reference, Reward, Target, Teacher
+from .targets import Discriminator, Moment, Pointwise, Reference, Reward, Target, Teacher
 from .trl_compat import ModelConfig, TrlParser
 
 
@@ -108,6 +108,41 @@ class PromptArguments:
         return None if self.data is None else load_prompts(self.data, streaming=self.streaming)
 
 
+@dataclass
+class RealTextArguments:
+    """The real texts, and the discriminator that reads them; the policy and its adapter are TRL's ModelConfig."""
+
+    data: str = field(
+        default="stories",
+        metadata={
+            "help": '"stories", a .txt or .jsonl file, a folder or a dataset of the Hub, with `text` or with `prompt` and '
+            "`completion`."
+        },
+    )
+    num_stories: int = field(default=2_000, metadata={"help": 'How many stories to sample if data is "stories".'})
+    validation_percent: int = field(default=10, metadata={"help": "The last so many percent are held out."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
+    discriminator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or id of the discriminator's model, or \"adapter\": one on the policy's own base weights (with "
+            "--use_peft). Default: the policy's own start, with a new head."
+        },
+    )
+    dense: bool = field(default=False, metadata={"help": "It scores every prefix: credit for every token."})
+    logit_clip: float | None = field(default=None, metadata={"help": "Bound its logits smoothly by +- this."})
+
+    def datasets(self) -> tuple:
+        """The texts to learn, and those that are held out."""
+        parts = (f"train[:{100 - self.validation_percent}%]", f"train[{100 - self.validation_percent}%:]")
+        return tuple(load_text(self.data, split, num_stories=self.num_stories) for split in parts)
+
+    def make_discriminator(self, policy: str, batch_size: int) -> Discriminator:
+        """The discriminator for the policy of this name."""
+        name = None if self.discriminator == "adapter" else self.discriminator or policy
+        return Discriminator(name, self.dense, self.logit_clip, batch_size)
+
+
 def name_model(model: ModelConfig, trust_remote_code: bool, args: TrainingArguments) -> str:
     """The model's id or path; everything else that was said of it goes to `args.model_init_kwargs`.
 
@@ -173,16 +208,20 @@ def build_target(options: FactorArguments, beta: float | None = None) -> Target:
     Raises:
         ValueError: no factor at all, a moment without its mean or means, or a feature that can't be found.
     """
-    target = Target([Reference() if options.teacher is None else Teacher(options.teacher)])
-    for spec in options.pointwise or []:
-        target = target * Pointwise(spec)
-    for spec in options.moment or []:
-        target = target * _moment(spec)
-    if options.reward:
-        target = target * Reward(options.reward, options.beta if beta is None else beta, options.reward_weights)
-    if len(target.terms) == 1 and options.teacher is None:
+    first = Target([Reference() if options.teacher is None else Teacher(options.teacher)])
+    further = further_factors(options, beta)
+    if further is None and options.teacher is None:
         raise ValueError("the target is the reference itself: give it a --pointwise, --moment, --reward or --teacher.")
-    return target
+    return first if further is None else first * further
+
+
+def further_factors(options: FactorArguments, beta: float | None = None) -> Target | None:
+    """The factors beside the reference that the options name; None where they name none."""
+    terms: list = [Pointwise(spec) for spec in options.pointwise or []]
+    terms += [_moment(spec) for spec in options.moment or []]
+    if options.reward:
+        terms.append(Reward(options.reward, options.beta if beta is None else beta, options.reward_weights))
+    return Target(terms) if terms else None
 
 
 def _moment(spec: str) -> Moment:

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapter_active
+from .adapters import adapter_active, add_adapter
 from .hub import local_folder
 from .scoring import causal_lm, same_trainable
 
@@ -83,24 +83,11 @@ def attach_critic(model: "PreTrainedModel | PeftModel", kind: str, path: str | N
         own = [f"critic.{name}" for name in model.critic.state_dict()]
         model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *own]
     if kind == "adapter" and path is None:
-        policy = model.active_adapter
-        with same_trainable(model):
-            model.add_adapter(ADAPTER, _without_head(model, model.peft_config[policy]))
-        _train_both(model, policy)
+        add_adapter(model, ADAPTER)
+        model.set_requires_grad(ADAPTER)
     if path is not None:
         load_critic(model, path)
     return model.critic if kind != "adapter" else _adapter_critic(model)
-
-
-def _without_head(model: PeftModel, config: PeftConfig) -> PeftConfig:
-    """The policy's adapter again, except on the vocabulary's head, which values don't pass through."""
-    config = copy.deepcopy(config)
-    head = model.get_base_model().get_output_embeddings()
-    names = {name.rpartition(".")[2] for name, module in model.get_base_model().named_modules() if module is head}
-    config.modules_to_save = None
-    if not isinstance(config.target_modules, str):
-        config.target_modules = set(config.target_modules) - names
-    return config
 
 
 def _adapter_critic(model: PeftModel) -> Callable:

@@ -31,6 +31,7 @@ class Rollouts:
         policy_logps_BT, reference_logps_BT: per-token log pi at the time of the rollout and log a, where a method asks.
         values_BT: a critic's values before each token; advantages_BT, returns_BT: what a method made of them.
         log_score_B, log_z_B, baseline_B: log P, log Z and the baseline, set once by the trainer.
+        log_p_BT, baseline_BT: log p of each prefix and the baseline of its token's credit, where a target has prefixes.
         prompts: B prompts, text or chat messages. columns: the dataset's other columns, B values each.
         texts: the decoded completions (special tokens skipped).
         scores: what factors computed once: features' values and log-probs of other models, (B,) each.
@@ -47,6 +48,8 @@ class Rollouts:
     log_score_B: Tensor | None = None
     log_z_B: Tensor | None = None
     baseline_B: Tensor | None = None
+    log_p_BT: Tensor | None = None
+    baseline_BT: Tensor | None = None
     policy_logps_BT: Tensor | None = None
     reference_logps_BT: Tensor | None = None
     values_BT: Tensor | None = None

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_gdc"
 FLOORS = [
     [
         "custom_generate",
+        "adversarial_losses",
         "intervals",
         "dense",
         "kv_cache",
@@ -29,6 +30,16 @@ FLOORS = [
     [
         "arguments",
         "actors",
+        "adapters",
+        "discriminator_training",
+        "energy_training",
+        "game",
+        "gan_arguments",
+        "logit_networks",
+        "real_text",
+        "shared_networks",
+        "token_credit",
+        "vocabularies",
         "checkpoints",
         "critics",
         "data",
@@ -60,12 +71,12 @@ FLOORS = [
         "text_scores",
         "vllm_sampler",
     ],
-    ["targets", "replay", "quasi_rejection"],
+    ["targets", "demonstrations", "replay", "quasi_rejection"],
     ["trainers"],
     ["cli", "commands"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SIDEWAYS = {"targets.base", "trainers.policy_gradient"}
+SIDEWAYS = {"targets.base", "trainers.policy_gradient", "trainers.gdc", "trainers.adversarial"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -97,6 +97,75 @@ def same_rollouts(folder: str, processes: str, replayed: str) -> None:
         torch.save(state, f"{folder}/end{processes}.pt")
 
 
+def gan(output_dir: str, resume: str, kill_at: str, players: str) -> None:
+    """A game, as `training`: save the end's weights of both players, the samples to replay, and what was sampled last."""
+    import adversaries
+    from peft import LoraConfig
+
+    from hf_gdc import Discriminator
+
+    settings = {"max_steps": 9, "per_device_train_batch_size": 16, "num_iterations": 2, "steps_per_generation": 2}
+    settings |= {"gradient_accumulation_steps": 2, "mle_steps": 2, "discriminator_warmup_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "callbacks": [killer(kill_at)]}
+    if players == "unified":
+        trainer = adversaries.unified(output_dir, reference_negatives=32, **settings)
+    else:
+        settings |= {"discriminator_replay_samples": 8, "discriminator_replay_window": 64}
+        if players == "adapters":
+            discriminator = Discriminator(dense=True)
+            settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        else:
+            network = adversaries.classifier(dense=True)
+            network.dropout.p = 0.3  # random numbers that must go on where they were
+            discriminator = Discriminator(network, dense=True)
+        trainer = adversaries.gan(output_dir, discriminator, **settings)
+    trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
+    learner = trainer.learner
+    state = {"policy": trainer.model.state_dict(), "discriminator": learner.state_dict(), "random": torch.rand(3)}
+    state |= {"window": learner.process_state()["window"], "texts": trainer._last_rollouts.texts}
+    torch.save(state, Path(output_dir) / "end.pt")
+
+
+def gan_same_rollouts(folder: str, processes: str) -> None:
+    """Two steps of both players on given samples and real texts, this process's share of each; save what moved."""
+    for kind in ("gan", "dense", "unified"):
+        _same_game(folder, processes, kind)
+
+
+def _same_game(folder: str, processes: str, kind: str) -> None:
+    import adversaries
+
+    from hf_gdc import Discriminator
+
+    options = {"lm": tiny.model(0, 0.5), "max_steps": 2, "discriminator_steps": 2}
+    options |= {"per_device_train_batch_size": 32 // int(processes), "overwrite": True}
+    dense = kind == "dense"
+    network = Discriminator(adversaries.classifier(dense=dense, scale=0.3, dtype=torch.float64), dense=dense)
+    make = adversaries.unified if kind == "unified" else adversaries.gan
+    trainer = make(f"{folder}/{kind}{processes}", network, **options)
+    assert trainer.args.world_size == int(processes), trainer.args.world_size
+    given = torch.load(f"{folder}/given.pt", weights_only=True)
+
+    def share(side: str) -> Rollouts:
+        rollouts = Rollouts(**given[f"{side} {trainer.state.global_step}"])
+        size, rank = len(rollouts) // trainer.args.world_size, trainer.args.process_index
+        return rollouts.select(torch.arange(rank * size, (rank + 1) * size))
+
+    def flat() -> dict[str, torch.Tensor]:
+        players = {"policy": trainer.model, "discriminator": network.network}
+        return {
+            name: torch.cat([p.detach().flatten().double() for p in player.parameters()])
+            for name, player in players.items()
+        }
+
+    start = {f"{name} start": values for name, values in flat().items()}
+    trainer.actors.sample_policy = lambda rows: share("fake")
+    trainer.texts_of = lambda rows, device: share("real")
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(start | flat(), f"{folder}/{kind}{processes}.pt")
+
+
 def plain_run(output_dir: str) -> None:
     """Two processes that sample for themselves must not draw the same rollouts."""
     trainer = tiny.trainer(
@@ -117,7 +186,6 @@ def plain_run(output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    {"training": training, "ppo": ppo, "same_rollouts": same_rollouts, "plain_run": plain_run}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    jobs = (training, ppo, same_rollouts, gan, gan_same_rollouts, plain_run)
+    {job.__name__: job for job in jobs}[sys.argv[1]](*sys.argv[2:])
     PartialState().destroy_process_group()  # or a process may abort while the other exits

@@ -27,6 +27,9 @@ from ..moment_window import MomentWindow
 from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
 
+BEFORE_JOINING = "log q before others joined"  # an entry of scores, where sampler_logp_B is the density of a mixture
+MODEL = "factor_{number}"  # the folder of a factor's model, beside target.json
+
 
 @dataclass
 class Context:
@@ -86,11 +89,20 @@ class Factor:
         return {}
 
     def state_dict(self) -> dict:
-        """What was learned: tensors, numbers and lists."""
+        """What was learned: tensors, numbers and lists; JSON only where `save_pretrained` shall write it down."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+    def save_model(self, folder: Path) -> bool:
+        """Write a learned model into this folder, if the factor has one; True if it did."""
+        return False
+
+    @classmethod
+    def from_dict(cls, arguments: dict, folder: Path) -> "Factor":
+        """The factor that `to_dict` wrote; `folder` has what `save_model` did."""
+        return cls(**arguments)
 
     def __mul__(self, other: "Factor") -> "Target":
         return Target([*_terms(self), *_terms(other)])
@@ -282,7 +294,8 @@ class Target(Factor):
             factor.load_state_dict(own)
 
     def save_pretrained(self, path: "str | Path") -> None:
-        """Write the target to `path`/target.json, with copies of the files that its features come from.
+        """Write the target to `path`/target.json, with copies of the files that its features come from and with the models
+        that its factors learned.
 
         Raises:
             ValueError: a feature is a lambda or lives in a script: give it as "file.py:function"; or two files with
@@ -302,6 +315,9 @@ class Target(Factor):
         for name, file in files.items():
             if file.resolve() != (folder / name).resolve():
                 shutil.copy(file, folder / name)
+        for number, (factor, _) in enumerate(self.terms):
+            if factor.save_model(folder / MODEL.format(number=number)):
+                rows[number]["model"] = MODEL.format(number=number)
         text = json.dumps({"format": 1, "formula": self.formula(), "ess": self.ess, "factors": rows}, indent=2)
         (folder / "target.json").write_text(text + "\n")
 
@@ -329,7 +345,7 @@ class Target(Factor):
             if row["type"] not in kinds:
                 raise ValueError(f"{file} has a factor {row['type']!r}; this version knows {', '.join(sorted(kinds))}.")
             arguments = _map_files(row["arguments"], lambda source: str(file.parent / source))
-            factor = kinds[row["type"]](**arguments)
+            factor = kinds[row["type"]].from_dict(arguments, file.parent / row.get("model", ""))
             factor.load_state_dict(row["state"])
             terms.append((factor, row["power"]))
         target = cls(terms)

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from ..frozen import FrozenLM
 from ..rollouts import Rollouts
-from .base import Context, Factor
+from .base import BEFORE_JOINING, Context, Factor
 
 
 class Reference(Factor):
@@ -47,11 +47,12 @@ class Reference(Factor):
 class Policy(Factor):
     """q(x), whatever produced the rollouts; it contributes nothing to log P - log q.
 
-    `Policy() * Discriminator(...)` is the target of a GAN.
+    `Policy() * Discriminator(...)` is the target of a GAN. Where other samples have joined the rollouts, so that
+    `sampler_logp_B` is the density of a mixture, `scores[BEFORE_JOINING]` is log q.
     """
 
     def log_score(self, rollouts: Rollouts) -> Tensor:
-        return rollouts.sampler_logp_B
+        return rollouts.scores.get(BEFORE_JOINING, rollouts.sampler_logp_B)
 
     def formula(self) -> str:
         return "q(x)"

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..frozen import FrozenLM
 from ..rollouts import Rollouts
+from ..vocabularies import differing_tokens
 from .base import Context, Factor
 
 INSTEAD = (
@@ -65,9 +66,7 @@ class Teacher(Factor):
             )
         if own is None:
             return
-        mine = own.get_vocab()
-        differ = [token for token in theirs if mine.get(token) != theirs[token]]
-        differ += [token for token in mine if token not in theirs]
+        differ, mine = differing_tokens(own, tokenizer), own.get_vocab()
         if differ:
             raise ValueError(
                 f"the teacher {self.lm.name} has another vocabulary than the policy: {len(differ)} tokens differ, such as "

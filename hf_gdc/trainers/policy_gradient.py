@@ -131,6 +131,10 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         """Loss per sample and metrics, each (B,), from pseudo-rewards -f'(pi/p)."""
         raise NotImplementedError
 
+    def real_rollouts(self, rows: list[dict]) -> Rollouts | None:
+        """Real texts that belong to these rows, for factors that learn from them."""
+        return None
+
     def score_tokens(self, rollouts: Rollouts) -> None:
         """Set per-token numbers of fresh rollouts, before they are weighed."""
 
@@ -179,7 +183,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
-        self.target.fit(rollouts)  # on fresh samples alone: the replayed ones are few and come again and again
+        # on fresh samples alone: the replayed ones are few and come again and again
+        self.target.fit(rollouts, self.real_rollouts(rows))
         if self.replay is not None:
             fresh, rollouts = rollouts, self.replay.join(rollouts)
             self.replay.add(fresh)
