@@ -92,6 +92,10 @@ def _js_f(log_t: Tensor) -> Tensor:
     return _times_t(log_t, LOG_2 - softplus(-log_t)) - softplus(log_t) + LOG_2
 
 
+def _non_saturating_f(log_t: Tensor) -> Tensor:
+    return _times_t(log_t, softplus(log_t) - LOG_2 - 1.0) + softplus(log_t) - LOG_2 + 1.0
+
+
 def _alpha(alpha: float) -> Divergence:
     """Amari's alpha family (Minka 2005): 0 is kl, 1/2 twice hellinger, 1 reverse_kl."""
     name = f"alpha({alpha:g})"
@@ -116,6 +120,11 @@ _TABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
     "reverse_chi2": (lambda log_t: torch.expm1(log_t) ** 2, lambda log_t: 2 * torch.expm1(log_t)),
     "hellinger": (lambda log_t: torch.expm1(log_t / 2) ** 2, lambda log_t: -torch.expm1(-log_t / 2)),
     "jeffreys": (lambda log_t: torch.expm1(log_t) * log_t, lambda log_t: log_t - torch.expm1(-log_t)),
+    "non_saturating": (_non_saturating_f, lambda log_t: softplus(log_t) - LOG_2),  # 2 KL(m || p), m = (p + pi) / 2
+    "seqgan": (  # KL(p || m)
+        lambda log_t: LOG_2 - softplus(log_t) + torch.expm1(log_t) / 2,
+        lambda log_t: torch.sigmoid(log_t) - 0.5,
+    ),
 }
 
 

@@ -24,6 +24,8 @@ TEXTBOOK = {
     "reverse_chi2": (lambda t: (t - 1) ** 2, lambda t: 2 * (t - 1)),
     "hellinger": (lambda t: (math.sqrt(t) - 1) ** 2, lambda t: 1 - t**-0.5),
     "jeffreys": (lambda t: (t - 1) * math.log(t), lambda t: math.log(t) + 1 - 1 / t),
+    "non_saturating": (lambda t: (1 + t) * math.log((1 + t) / 2) - (t - 1), lambda t: math.log((1 + t) / 2)),
+    "seqgan": (lambda t: -math.log((1 + t) / 2) + (t - 1) / 2, lambda t: 0.5 - 1 / (1 + t)),
 }
 # Definitions as sums over points; xlogy gives 0 * log 0 = 0 and a positive number over 0 gives inf.
 DEFINITIONS = {
@@ -35,6 +37,8 @@ DEFINITIONS = {
     "reverse_chi2": lambda p, pi: (pi - p) ** 2 / p,
     "hellinger": lambda p, pi: (p.sqrt() - pi.sqrt()) ** 2,
     "jeffreys": lambda p, pi: torch.xlogy(p, p / pi) + torch.xlogy(pi, pi / p),
+    "non_saturating": lambda p, pi: torch.xlogy(p + pi, (p + pi) / (2 * p)),
+    "seqgan": lambda p, pi: torch.xlogy(p, 2 * p / (p + pi)),
 }
 
 
@@ -108,6 +112,8 @@ LIMITS = {  # f(0), f'(0), f'(inf)
     "reverse_chi2": (1.0, -2.0, math.inf),
     "hellinger": (1.0, -math.inf, 1.0),
     "jeffreys": (math.inf, -math.inf, math.inf),
+    "non_saturating": (1 - math.log(2), -math.log(2), math.inf),
+    "seqgan": (math.log(2) - 0.5, -0.5, 0.5),
     "alpha(-1)": (math.inf, -math.inf, 0.5),
     "alpha(0)": (math.inf, -math.inf, 1.0),
     "alpha(0.5)": (2.0, -math.inf, 2.0),
