@@ -14,12 +14,16 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "divergences": ["Divergence", "available_divergences", "get_divergence"],
     "metrics": ["load_metric"],
-    "models": ["SmallGPTConfig", "SmallGPTForCausalLM", "SmallGPTModel"],
+    "image_data": ["ImageDataset", "load_images"],
+    "models": ["DCGANConfig", "DCGANDiscriminator", "DCGANGenerator"]
+    + ["SmallGPTConfig", "SmallGPTForCausalLM", "SmallGPTModel"],
     "quasi_rejection": ["QuasiRejectionSampler"],
     "rollouts": ["Rollouts"],
     "targets": ["Moment", "Pointwise", "Policy", "Reference", "Reward", "Target", "Teacher"],
     "trainers.distillation": ["DistillationConfig", "DistillationTrainer"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
+    "trainers.image_gan": ["ImageGANTrainer"],
+    "image_arguments": ["ImageGANConfig"],
     "trainers.ppo": ["PPOConfig", "PPOTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

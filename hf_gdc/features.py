@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .ready_features import contains, count, cut, length, max_words, regex, starts_with, text_of
+from .ready_features import contains, count, cut, length, max_words, regex, starts_with
 from .reward_models import reward_model
 from .rollouts import Rollouts
 from .scorers import spelt_classifier, spelt_similarity, vader
@@ -114,33 +114,30 @@ class Feature:
         return values
 
     def _values(self, rollouts: Rollouts) -> Tensor:
-        arguments = {
-            **rollouts.columns,
-            **self.extras,
-            "prompts": rollouts.prompts,
-            "completions": rollouts.completions,
-            "completion_ids": rollouts.completion_ids(),
-        }
+        arguments = {**rollouts.columns, **self.extras, **rollouts.feature_arguments()}
         if self._accepted is not None:
             arguments = {key: value for key, value in arguments.items() if key in self._accepted}
         values = self.function(**arguments)
         if inspect.isawaitable(values):
             values = _result_of(values)
-        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        values = values if isinstance(values, Tensor) else list(values)
         if len(values) != len(rollouts):
             raise ValueError(
-                f"feature {self.name!r} returned {len(values)} values for {len(rollouts)} completions; "
+                f"feature {self.name!r} returned {len(values)} values for {len(rollouts)} samples; "
                 "return exactly one number for each."
             )
-        missing = torch.tensor([value is None for value in values], dtype=torch.bool)
-        numbers = [float("nan") if value is None else float(value) for value in values]
-        result = torch.tensor(numbers, dtype=torch.float64)
+        if isinstance(values, Tensor) and rollouts.differentiable:
+            result, missing = values.reshape(len(rollouts)).cpu().double(), torch.zeros(len(rollouts), dtype=torch.bool)
+        else:
+            values = values.tolist() if isinstance(values, Tensor) else values
+            missing = torch.tensor([value is None for value in values], dtype=torch.bool)
+            numbers = [float("nan") if value is None else float(value) for value in values]
+            result = torch.tensor(numbers, dtype=torch.float64)
         bad = ~torch.isfinite(result) & ~missing
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"feature {self.name!r} returned {values[row]} for sample {row}: "
-                f"{text_of(rollouts.completions[row])[:80]!r}. Return a finite number."
+                f"feature {self.name!r} returned {float(values[row])} for {rollouts.describe(row)}. Return a finite number."
             )
         return result
 

@@ -75,7 +75,9 @@ class DCGANPreTrainedModel(PreTrainedModel):
         """Raise a ValueError where labels are missing, or given to a model that has no use for them."""
         classes = self.config.num_classes
         if classes and labels is None:
-            raise ValueError(f"this {type(self).__name__} is conditioned on {classes} classes: pass labels (B,), int64.")
+            raise ValueError(
+                f"this {type(self).__name__} is conditioned on {classes} classes: pass labels (B,), int64."
+            )
         if labels is not None and not classes:
             raise ValueError(f"labels were given to an unconditional {type(self).__name__}: build it with num_classes.")
 
@@ -118,7 +120,11 @@ class DCGANGenerator(DCGANPreTrainedModel):
 
     @torch.no_grad()
     def sample(
-        self, num_images: int, labels: Tensor | None = None, generator: torch.Generator | None = None, batch_size: int = 500
+        self,
+        num_images: int,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 500,
     ) -> Tensor:
         """`num_images` images (B, C, H, W) in [-1, 1], in evaluation mode.
 

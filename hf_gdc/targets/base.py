@@ -189,8 +189,8 @@ class Target(Factor):
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise ValueError(
-                    f"the target can't be normalised: the log of {factor.formula()} is {float(score[row])} for sample {row}, "
-                    f"{rollouts.texts[row][:80]!r}. Bound the reward or raise its beta; of a model, check that its "
+                    f"the target can't be normalised: the log of {factor.formula()} is {float(score[row])} for "
+                    f"{rollouts.describe(row)}. Bound the reward or raise its beta; of a model, check that its "
                     "weights and log-probs are finite."
                 )
             total = total + score
