@@ -10,6 +10,7 @@ a factor it may be spelt as text:
     classifier:path/to/model=positive>0.5   whether that is above a threshold (`scorers`)
     reward_model:org/model                  a Hub reward model's number for prompt and completion (`reward_models`)
     similarity:org/encoder=texts.txt        cosine to the nearest text of a file, by any encoder (`scorers`)
+    image_class:path/to/classifier=3        of images: the probability of a class; also brightness (`image_features`)
     my_features.py:is_happy                 a function in a file
     my_package.rewards:f                    a function in an importable module
 
@@ -30,17 +31,20 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
+from .image_features import brightness, column, image_class
 from .ready_features import contains, count, cut, length, max_words, regex, starts_with
 from .reward_models import reward_model
 from .rollouts import Rollouts
 from .scorers import spelt_classifier, spelt_similarity, vader
 
-_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader)
+_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader, brightness, image_class, column)
+ALONE = ("length", "brightness")  # need no argument
 READY: dict[str, Callable] = {f.__name__: f for f in _HERE}
 READY |= {"classifier": spelt_classifier, "reward_model": reward_model, "similarity": spelt_similarity}
 # of arguments, for messages
 EXAMPLES = {"max_words": "20", "cut": "0", "vader": "compound", "classifier": "org/model=positive"}
 EXAMPLES |= {"reward_model": "org/model", "similarity": "org/encoder=texts.txt"}
+EXAMPLES |= {"image_class": "path/to/classifier=3", "column": "label=3"}
 
 
 def map_file(spec: str, change: Callable[[Path], str]) -> str:
@@ -184,7 +188,7 @@ def _importable_spec(function: Callable) -> str | None:
 def _load(spec: str) -> Callable:
     source, _, argument = spec.partition(":")
     if source in READY:
-        if not argument and source != "length":
+        if not argument and source not in ALONE:
             raise ValueError(f"feature {spec!r} needs an argument, such as {source}:{EXAMPLES.get(source, 'dragon')}.")
         return READY[source](argument) if argument else READY[source]()
     path, colon, name = spec.rpartition(":")

@@ -38,6 +38,7 @@ FLOORS = [
         "features",
         "frozen",
         "hub",
+        "classifier_training",
         "image_adversary",
         "image_arguments",
         "image_batches",
