@@ -71,6 +71,7 @@ class Adversary:
             self.optimizer = torch.optim.Adam(
                 self.model.parameters(), args.discriminator_learning_rate, betas, args.adam_epsilon
             )
+        self.updates = 0
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
     def create_scheduler(self, num_training_steps: int) -> None:
@@ -103,14 +104,17 @@ class Adversary:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
+        self.updates += 1
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
     def loss(self, sides: Sides) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with its penalties, and its parts."""
         args = self.args
+        every = args.penalty_interval
+        gammas = {"r1": args.r1_gamma * every, "r2": args.r2_gamma * every} if self.updates % every == 0 else {}
         real, fake = (augment(images, args.augmentation).detach() for images in (sides.real, sides.fake))
-        real.requires_grad_(args.r1_gamma > 0)
-        fake.requires_grad_(args.r2_gamma > 0)
+        real.requires_grad_(gammas.get("r1", 0) > 0)
+        fake.requires_grad_(gammas.get("r2", 0) > 0)
         real_B, fake_B = (self.model(images, sides.labels).logits for images in (real, fake))
         if args.discriminator_loss == "bound":
             loss = bound_loss(real_B, fake_B, self.divergence.f, self.divergence.f_prime, sides.weights_B)
@@ -119,10 +123,11 @@ class Adversary:
             loss = kind(real_B, fake_B, sides.weights_B)
         numbers = {"discriminator/loss": loss, "discriminator/accuracy": accuracy(real_B, fake_B)}
         numbers |= {"logits/real": real_B.mean(), "logits/fake": fake_B.mean()}
-        for name, gamma, logits_B, images in (("r1", args.r1_gamma, real_B, real), ("r2", args.r2_gamma, fake_B, fake)):
-            if gamma:
-                numbers[f"discriminator/{name}"] = squared_gradient_norm(logits_B, images).mean()
-                loss = loss + gamma / 2 * numbers[f"discriminator/{name}"]
+        for name, logits_B, images in (("r1", real_B, real), ("r2", fake_B, fake)):
+            if gamma := gammas.get(name):
+                penalty = squared_gradient_norm(logits_B, images).mean()
+                loss = loss + gamma / 2 * penalty
+                numbers[f"discriminator/{name}"] = penalty
         return loss, numbers
 
     def _average_gradients(self) -> None:
@@ -172,10 +177,11 @@ class Adversary:
     def state_dict(self) -> dict:
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
         state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-        return {"model": self.model.state_dict(), **state}
+        return {"model": self.model.state_dict(), "updates": self.updates, **state}
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
         for name, part in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if part is not None:
                 part.load_state_dict(state[name])

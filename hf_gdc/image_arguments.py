@@ -48,6 +48,10 @@ class ImageGANConfig(TrainingArguments):
     )
     r1_gamma: float = field(default=0.0, metadata={"help": "Penalty gamma/2 ||grad l||^2 on real images."})
     r2_gamma: float = field(default=0.0, metadata={"help": "The same on generated images."})
+    penalty_interval: int = field(
+        default=1,
+        metadata={"help": "Take R1 and R2 at every so many updates, and so many times as heavy (lazy regularisation)."},
+    )
     spectral_norm: bool = field(
         default=False, metadata={"help": "Spectral normalisation of the discriminator's layers, in training."}
     )
@@ -100,7 +104,7 @@ class ImageGANConfig(TrainingArguments):
         for name in ("discriminator_steps", "r1_gamma", "r2_gamma", "sample_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} can't be negative, but is {getattr(self, name)}.")
-        for name in ("fit_samples", "eval_samples", "sample_grid"):
+        for name in ("penalty_interval", "fit_samples", "eval_samples", "sample_grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:

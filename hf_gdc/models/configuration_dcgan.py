@@ -22,6 +22,8 @@ class DCGANConfig(PreTrainedConfig):
         num_channels: 1 for grey, 3 for colour.
         latent_size: length of the latent vector z ~ N(0, 1).
         hidden_size: channels at full resolution; `hidden_size * 2^n` at the smallest.
+        dense_size: units of a dense layer behind the latent vector and, again, before the logit, which ties together what the
+            few convolutions of small images see apart. 0: none, as in the paper.
         num_classes: classes to condition on: an embedding joins z in the generator and, as a projection (Miyato & Koyama
             2018, arXiv 1802.05637), the discriminator's logit. 0: unconditional.
         generator_norm, discriminator_norm: "batch" as in the paper; "group", which makes no image depend on the others of
@@ -40,6 +42,7 @@ class DCGANConfig(PreTrainedConfig):
     num_channels: int = 1
     latent_size: int = 64
     hidden_size: int = 32
+    dense_size: int = 256
     num_classes: int = 0
     generator_norm: str = "batch"
     discriminator_norm: str = "none"
@@ -57,6 +60,7 @@ class DCGANConfig(PreTrainedConfig):
         self._require(self.num_channels in (1, 3), "num_channels", "choose 1 (grey) or 3 (colour)")
         for name in ("latent_size", "hidden_size"):
             self._require(getattr(self, name) >= 1, name, "set it to 1 or more")
+        self._require(self.dense_size >= 0, "dense_size", "set it to 0 (none) or more")
         self._require(self.num_classes == 0 or self.num_classes >= 2, "num_classes", "set it to 0 or at least 2")
         for name in ("generator_norm", "discriminator_norm"):
             self._require(getattr(self, name) in NORMS, name, f"choose one of {', '.join(map(repr, NORMS))}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DCGAN: a convolutional generator and discriminator for small images (Radford et al. 2016, arXiv 1511.06434).
 
-The file travels to the Hub with every saved model, so it imports nothing of `hf_gdc`. Beside the paper's layers there is a
-3x3 convolution at full resolution, without which 8x8 images would have a single layer. Pixel values are in [-1, 1].
+The file travels to the Hub with every saved model, so it imports nothing of `hf_gdc`. Beside the paper's layers there are
+a 3x3 convolution at full resolution and a dense layer, without which 8x8 images would have a single layer. Pixel values are
+in [-1, 1].
 
 Left out: spectral norm, moving averages and augmentation, which belong to the training.
 
@@ -92,7 +93,9 @@ class DCGANGenerator(DCGANPreTrainedModel):
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes, config.latent_size)
         width = config.hidden_size * 2**config.num_doublings
-        self.project = nn.Linear(config.latent_size * (2 if config.num_classes else 1), width * config.base_size**2)
+        inputs, dense = config.latent_size * (2 if config.num_classes else 1), config.dense_size
+        self.dense = nn.Sequential(nn.Linear(inputs, dense), nn.ReLU()) if dense else nn.Identity()
+        self.project = nn.Linear(dense or inputs, width * config.base_size**2)
         layers = [make_norm(config.generator_norm, width), nn.ReLU()]
         for _ in range(config.num_doublings):
             layers += [nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1)]
@@ -116,7 +119,8 @@ class DCGANGenerator(DCGANPreTrainedModel):
         if labels is not None:
             latents = torch.cat([latents, self.class_embedding(labels)], 1)
         base = self.config.base_size
-        return DCGANGeneratorOutput(pixel_values=self.layers(self.project(latents).view(len(latents), -1, base, base)))
+        maps = self.project(self.dense(latents)).view(len(latents), -1, base, base)
+        return DCGANGeneratorOutput(pixel_values=self.layers(maps))
 
     @torch.no_grad()
     def sample(
@@ -156,8 +160,11 @@ class DCGANDiscriminator(DCGANPreTrainedModel):
             layers += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)]
             width *= 2
             layers += [make_norm(config.discriminator_norm, width), nn.LeakyReLU(config.negative_slope)]
-        self.layers = nn.Sequential(*layers, nn.Flatten())
-        features = width * config.base_size**2
+        layers, features = [*layers, nn.Flatten()], width * config.base_size**2
+        if config.dense_size:
+            layers += [nn.Linear(features, config.dense_size), nn.LeakyReLU(config.negative_slope)]
+            features = config.dense_size
+        self.layers = nn.Sequential(*layers)
         self.score = nn.Linear(features, 1)
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes, features)
