@@ -5,7 +5,6 @@ Left out: what it is shown (`trainers.image_gan`), the losses themselves (`discr
 Shapes: B images of this process.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -188,8 +187,11 @@ class Adversary:
 
     def save_pretrained(self, folder: str) -> None:
         """The model, with the spectral norm worked into its weights."""
-        plain = copy.deepcopy(self.model).eval()
-        for module in list(plain.modules()):
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if ".parametrizations." not in name}
+        training = self.model.training
+        self.model.eval()  # training would move the estimate of the norm
+        for name, module in self.model.named_modules():
             if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        plain.save_pretrained(folder)
+                weights[f"{name}.weight"] = module.weight.detach()
+        self.model.train(training)
+        self.model.save_pretrained(folder, state_dict=weights)

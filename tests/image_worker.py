@@ -1,4 +1,4 @@
-"""Programs that tests of images run in processes of their own: `python image_worker.py JOB ARGUMENTS`, under torchrun or alone."""
+"""Programs that tests of images run in processes of their own: `python image_worker.py JOB ...`, under torchrun or alone."""
 
 import sys
 from pathlib import Path

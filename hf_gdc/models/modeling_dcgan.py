@@ -98,7 +98,9 @@ class DCGANGenerator(DCGANPreTrainedModel):
         self.project = nn.Linear(dense or inputs, width * config.base_size**2)
         layers = [make_norm(config.generator_norm, width), nn.ReLU()]
         for _ in range(config.num_doublings):
-            layers += [nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1)]
+            layers += [
+                nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1, bias=config.generator_norm == "none")
+            ]
             width //= 2
             layers += [make_norm(config.generator_norm, width), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.num_channels, 3, padding=1), nn.Tanh())
@@ -157,7 +159,7 @@ class DCGANDiscriminator(DCGANPreTrainedModel):
         width = config.hidden_size
         layers = [nn.Conv2d(config.num_channels, width, 3, padding=1), nn.LeakyReLU(config.negative_slope)]
         for _ in range(config.num_doublings):
-            layers += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)]
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=config.discriminator_norm == "none")]
             width *= 2
             layers += [make_norm(config.discriminator_norm, width), nn.LeakyReLU(config.negative_slope)]
         layers, features = [*layers, nn.Flatten()], width * config.base_size**2
