@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 
-.PHONY: help quickstart test test-slow test-minimum lint format bench rare-pool rare clean
+.PHONY: help quickstart images test test-slow test-minimum lint format bench rare-pool rare clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/installed ## pretrain a small GPT, then match it to a target (about 4 minutes on 2 cores)
 	$(ACCELERATE) recipes/quickstart/run.py --config recipes/quickstart/config.yaml $(OPTIONS)
+
+images: $(VENV)/installed ## a GAN on scikit-learn's digits, with metrics and a grid of samples
+	$(ACCELERATE) recipes/images/run.py --config recipes/images/config.yaml $(OPTIONS)
 
 test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(OPTIONS)

@@ -24,6 +24,7 @@ _PUBLIC = {
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
     "trainers.image_gan": ["ImageGANTrainer"],
     "image_arguments": ["ImageGANConfig"],
+    "image_sampling": ["ImageRejectionSampler"],
     "trainers.ppo": ["PPOConfig", "PPOTrainer"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from .arguments import check_options
 from .targets import Moment, Pointwise, Reference, Reward, Target
+from .targets.base import Factor
 from .trl_compat import TrlParser
 
 
@@ -118,13 +119,13 @@ class TargetArguments:
     )
 
 
-def build_target(options: TargetArguments) -> Target:
-    """Reference() times the factors that the options name.
+def build_target(options: TargetArguments, base: Factor | None = None) -> Target:
+    """Reference(), or another base, times the factors that the options name.
 
     Raises:
         ValueError: no factor at all, a moment without its mean or means, or a feature that can't be found.
     """
-    target = Target([Reference()])
+    target = Target([Reference() if base is None else base])
     for spec in options.pointwise or []:
         target = target * Pointwise(spec)
     for spec in options.moment or []:
@@ -132,7 +133,7 @@ def build_target(options: TargetArguments) -> Target:
     if options.reward:
         target = target * Reward(options.reward, options.beta, options.reward_weights)
     if len(target.terms) == 1:
-        raise ValueError("the target is the reference itself: give it a --pointwise, --moment or --reward.")
+        raise ValueError("the target is its base alone, unchanged: give it a --pointwise, --moment or --reward.")
     return target
 
 

@@ -18,6 +18,7 @@ def write_model_card(
     results: dict[str, float],
     data: str,
     base_model: str | None = None,
+    template: str = "model_card.md",
 ) -> None:
     """Write README.md into a model's folder: what it is, its target, how it was made, what was measured.
 
@@ -29,12 +30,13 @@ def write_model_card(
         results: measured values by name.
         data: what it was trained on.
         base_model: what it started from; the card links it if it is an id of the Hub, not a folder.
+        template: a file of `hf_gdc/templates`.
     """
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
-    template = Template(files("hf_gdc").joinpath("templates/model_card.md").read_text())
+    card = Template(files("hf_gdc").joinpath("templates", template).read_text())
     linked = base_model is not None and not Path(base_model).exists()
-    text = template.substitute(
+    text = card.substitute(
         base_model=f"base_model: {base_model}\n" if linked else "",
         title=title,
         formula=formula,

@@ -20,11 +20,13 @@ class ImageBatch:
         pixel_values: (B, C, H, W) in [-1, 1], as the models have them.
         columns: other columns of the dataset, B values each, such as `labels`.
         scores: features' values, (B,) float64 on the CPU, computed once.
+        log_weight_B: log P - log q, where it was computed.
     """
 
     pixel_values: Tensor
     columns: dict[str, list] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    log_weight_B: Tensor | None = None
 
     @classmethod
     def of(cls, pixel_values: Tensor, inputs: dict[str, Tensor]) -> "ImageBatch":
@@ -55,3 +57,11 @@ class ImageBatch:
     def describe(self, row: int) -> str:
         """A sample in a message."""
         return f"image {row}"
+
+
+def no_density(_):
+    """What a target's context gives for log a: an error."""
+    raise ValueError(
+        "a generator of images has no density, so Reference() can't be scored: write the target relative to what the images "
+        "come from, Policy() * Moment(...), or leave Policy() out."
+    )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from .image_classifier import LeNet
@@ -60,7 +61,7 @@ def _classifier(name: str) -> LeNet:
     """Shared by the features of one classifier."""
     try:
         return LeNet.from_pretrained(name)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:  # the latter for what is no folder and can't be an id
         raise ValueError(f"there is no classifier {name!r}: {error}") from error
 
 

@@ -36,7 +36,7 @@ from ..checkpoints import SafeCheckpoints
 from ..divergences import get_divergence
 from ..image_adversary import Adversary, Sides
 from ..image_arguments import ImageGANConfig
-from ..image_batches import ImageBatch
+from ..image_batches import ImageBatch, no_density
 from ..image_data import ImageCollator, rows_of
 from ..image_grids import save_grid, track_image
 from ..image_players import check_players, moving_average, synchronise_batch_norms
@@ -126,7 +126,7 @@ class ImageGANTrainer(SafeCheckpoints, Trainer):
             self.average = AveragedModel(self.model, multi_avg_fn=moving_average(args.ema_decay))
         self.target = target if target is None or isinstance(target, Target) else Target([target])
         if self.target is not None:
-            self.target.bind(Context(_no_density, _no_density))
+            self.target.bind(Context(no_density, no_density))
         self._log_z: float | None = None  # of the target over the data, once it has been fitted
         self._window: list[dict] = []  # the micro-batches of this step
         self._averages = Averages()
@@ -336,10 +336,3 @@ class AfterStep(TrainerCallback):
             self.trainer.average.update_parameters(self.trainer.model)
         if args.sample_steps and state.global_step % args.sample_steps == 0 and state.is_world_process_zero:
             self.trainer.write_samples()
-
-
-def _no_density(_):
-    raise ValueError(
-        "a generator of images has no density, so Reference() can't be scored: write the target relative to the data, "
-        "Policy() * Moment(...), or leave Policy() out."
-    )
