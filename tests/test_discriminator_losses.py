@@ -69,9 +69,9 @@ def test_the_bound_is_the_divergence_at_the_optimum_with_the_autograd_of_its_for
     torch.testing.assert_close(ours, torch.autograd.grad(plain, logits)[0], rtol=1e-8, atol=1e-10)
 
 
-# Nowozin et al. 2016, tables 1, 2 and 6, with V = v: the critic T = g(v) and the conjugate f*(T). There f is of p/q, v of the logit.
+# Nowozin et al. 2016, tables 1, 2 and 6, of f(p/q): the critic T = g(v), the conjugate f*(T), v of the logit.
 TABLE = {
-    "kl": (lambda v: v, lambda t: torch.exp(t - 1), lambda logit: logit + 1)
+    "kl": (lambda v: v, lambda t: torch.exp(t - 1), lambda logit: logit + 1),
     "hellinger": (lambda v: 1 - torch.exp(-v), lambda t: t / (1 - t), lambda logit: logit / 2),
     "js": (
         lambda v: math.log(2) - torch.nn.functional.softplus(-v),

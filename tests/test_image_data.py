@@ -115,10 +115,8 @@ def test_corrupt_files_are_skipped_counted_and_reported(tmp_path):
 def test_rows_of_a_dataset(tmp_path):
     write_folder(tmp_path, labelled=False)
     files = sorted(tmp_path.iterdir())
-    rows = [
-        {"image": {"bytes": file.read_bytes(), "path": None}, "label": int(n)}
-        for file, n in zip(files, LABELS, strict=True)
-    ]
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    rows = [{"image": image, "label": int(label)} for image, label in zip(images, LABELS, strict=True)]
     equals(from_rows(rows, 8, 1), slice(12))
     with pytest.warns(UserWarning, match="skipped 1 of 13 files of the dataset: row 12"):
         assert from_rows([*rows, {"image": {"bytes": b"x", "path": None}, "label": 0}], 8, 1).skipped == 1
