@@ -1,6 +1,6 @@
 """The discriminator of an image GAN, with all that belongs to it: optimizer, schedule, losses, penalties, spectral norm.
 
-Left out: what it is shown (`trainers.image_gan`), the losses themselves (`discriminator_losses`).
+Left out: what it is shown (`trainers.image_gan`), the losses themselves (`adversarial_losses`).
 
 Shapes: B images of this process.
 """
@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, get_scheduler
 
-from .discriminator_losses import (
-    accuracy,
-    bce_loss,
-    bound_loss,
-    log_normaliser,
-    relativistic_loss,
-    squared_gradient_norm,
-)
+from .adversarial_losses import binary_terms, bound_terms, calibration, pair_terms
 from .divergences import Divergence, available_divergences, get_divergence
 from .image_arguments import ImageGANConfig
 from .image_augmentation import augment
@@ -115,11 +108,7 @@ class Adversary:
         real.requires_grad_(gammas.get("r1", 0) > 0)
         fake.requires_grad_(gammas.get("r2", 0) > 0)
         real_B, fake_B = (self.model(images, sides.labels).logits for images in (real, fake))
-        if args.discriminator_loss == "bound":
-            loss = bound_loss(real_B, fake_B, self.divergence.f, self.divergence.f_prime, sides.weights_B)
-        else:
-            kind = {"bce": bce_loss, "relativistic": relativistic_loss}[args.discriminator_loss]
-            loss = kind(real_B, fake_B, sides.weights_B)
+        loss = self.plain_loss(real_B, fake_B, sides.weights_B)
         numbers = {"discriminator/loss": loss, "discriminator/accuracy": accuracy(real_B, fake_B)}
         numbers |= {"logits/real": real_B.mean(), "logits/fake": fake_B.mean()}
         for name, logits_B, images in (("r1", real_B, real), ("r2", fake_B, fake)):
@@ -128,6 +117,18 @@ class Adversary:
                 loss = loss + gamma / 2 * penalty
                 numbers[f"discriminator/{name}"] = penalty
         return loss, numbers
+
+    def plain_loss(self, real_B: Tensor, fake_B: Tensor, weights_B: Tensor | None) -> Tensor:
+        """Of logits alone. Weights of real images have mean 1 over their distribution, so they are not normalised again."""
+        if self.args.discriminator_loss == "relativistic":
+            # One generated image for each real one, not all pairs: those would depend on the number of processes.
+            terms_B = pair_terms(real_B, fake_B).diagonal()
+            return weighted_mean(terms_B, weights_B)
+        if self.args.discriminator_loss == "bound":
+            real_B, fake_B = bound_terms(real_B, fake_B, self.divergence.f, self.divergence.f_prime)
+        else:
+            real_B, fake_B = binary_terms(real_B, fake_B)
+        return weighted_mean(real_B, weights_B) + fake_B.mean()
 
     def _average_gradients(self) -> None:
         """Over processes; by hand, because a wrapped model could be differentiated neither twice nor by the generator."""
@@ -146,7 +147,7 @@ class Adversary:
         logits_B = self.model(augment(images, self.args.augmentation), labels).logits
         self.model.requires_grad_(True)
         if self.args.discriminator_loss == "relativistic":
-            logits_B = logits_B - log_normaliser(self.accelerator.gather(logits_B.detach()))
+            logits_B = logits_B - calibration(self.accelerator.gather(logits_B.detach()))
         return logits_B
 
     @torch.no_grad()
@@ -163,12 +164,12 @@ class Adversary:
         )
         self.model.train(training)
         if self.args.discriminator_loss == "relativistic":
-            constant = log_normaliser(fake_B)
+            constant = calibration(fake_B)
             real_B, fake_B = real_B - constant, fake_B - constant
         metrics = {"discriminator_accuracy": float(accuracy(real_B, fake_B))}
         for divergence in [get_divergence(name) for name in available_divergences() if name not in ("alpha", "tv")]:
-            bound = -bound_loss(real_B, fake_B, divergence.f, divergence.f_prime, sides.weights_B)
-            metrics[f"{divergence.name}_bound"] = float(bound)
+            over_p_B, over_q_B = bound_terms(real_B, fake_B, divergence.f, divergence.f_prime)
+            metrics[f"{divergence.name}_bound"] = -float(over_p_B.mean() + over_q_B.mean())
         return metrics
 
     # ---- saving ----
@@ -195,3 +196,22 @@ class Adversary:
                 weights[f"{name}.weight"] = module.weight.detach()
         self.model.train(training)
         self.model.save_pretrained(folder, state_dict=weights)
+
+
+def weighted_mean(values_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    return values_B.mean() if weights_B is None else (weights_B.to(values_B) * values_B).mean()
+
+
+def accuracy(real_B: Tensor, fake_B: Tensor) -> Tensor:
+    """Share of logits on the right side of 0, of both sides alike; 1/2 where the discriminator knows nothing."""
+    return ((real_B > 0).float().mean() + (fake_B < 0).float().mean()) / 2
+
+
+def squared_gradient_norm(logits_B: Tensor, inputs: Tensor) -> Tensor:
+    """(B,) ||grad_x l(x)||^2, differentiable: R1 on real and R2 on generated images (Mescheder et al. 2018, 1801.04406).
+
+    Args:
+        inputs: (B, ...) with `requires_grad`, from which `logits_B` was computed, each logit from its own row.
+    """
+    (gradient,) = torch.autograd.grad(logits_B.sum(), inputs, create_graph=True)
+    return gradient.flatten(1).square().sum(1)

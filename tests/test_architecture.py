@@ -13,7 +13,7 @@ FLOORS = [
         "custom_generate",
         "intervals",
         "dense",
-        "discriminator_losses",
+        "adversarial_losses",
         "image_augmentation",
         "kv_cache",
         "divergences",

@@ -83,7 +83,7 @@ def test_two_processes_equal_one_on_the_same_batch(tmp_path):
             torch.cat([(end[player][name] - start[player][name]).flatten() for name in start[player]])
             for end in (one, two)
         )
-        assert first.norm() > 1e-2
+        assert first.norm() > 1e-3
         assert (first - second).norm() / first.norm() < 1e-4
 
 
@@ -205,7 +205,8 @@ def test_a_hard_constraint_leaves_real_images_out(tmp_path):
 
 def test_the_discriminators_optimum_with_weights_is_the_target_over_q():
     """Three kinds of images with p = (.2, .3, .5), weights w and q: BCE's optimum is log(p w / q)."""
-    from hf_gdc.discriminator_losses import bce_loss
+    from hf_gdc.adversarial_losses import binary_terms
+    from hf_gdc.image_adversary import weighted_mean
 
     p, w, q = torch.tensor([[0.2, 0.3, 0.5], [2.0, 1.0, 0.6], [0.4, 0.4, 0.2]], dtype=torch.float64)
     counts = 1000
@@ -215,7 +216,8 @@ def test_the_discriminators_optimum_with_weights_is_the_target_over_q():
 
     def closure():
         optimizer.zero_grad()
-        loss = bce_loss(logits[real], logits[fake], w[real])
+        on_real, on_fake = binary_terms(logits[real], logits[fake])
+        loss = weighted_mean(on_real, w[real]) + on_fake.mean()
         loss.backward()
         return loss
 

@@ -32,6 +32,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..adversarial_losses import has_bound
 from ..checkpoints import SafeCheckpoints
 from ..divergences import get_divergence
 from ..image_adversary import Adversary, Sides
@@ -89,9 +90,9 @@ class ImageGANTrainer(SafeCheckpoints, Trainer):
     ):
         args = ImageGANConfig(output_dir="image_gan") if args is None else args
         self.divergence = get_divergence(args.divergence, **(args.divergence_kwargs or {}))
-        if self.divergence.name == "tv":
+        if not has_bound(self.divergence.f_prime):
             raise ValueError(
-                "tv has no pathwise gradient: f' = sign(t - 1)/2 is flat wherever it has a slope at all. Take js or seqgan, "
+                f"{self.divergence.name} has no pathwise gradient: its f' is flat (of tv, sign(t - 1)/2). Take js or seqgan, "
                 "whose pseudo-rewards are bounded above too; for text, the score-function trainers take tv."
             )
         set_seed(args.seed)

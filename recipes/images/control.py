@@ -4,7 +4,7 @@
 
 `--run` is a folder of `run.py` with a generator that no constraint has touched. By default half of the images are to be threes.
 
-- **filtered**: quasi-rejection sampling on that generator, certified to within `--tv`; the other classes keep their proportions.
+- **filtered**: quasi-rejection sampling on that generator, within `--tv` of the target; other classes keep their shares.
 - **trained**: the adversarial game goes on against real images that are weighted by the constraint, so that the discriminator
   sees p_data * exp(lambda phi); or with `--constrain generator` the log factor, a classifier's probability then, joins the log
   ratio and the generator follows its gradient.
