@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TRL_PPO = .trl-1.12
 ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 
-.PHONY: help quickstart images test test-slow test-minimum lint format bench rare-pool rare clean
+.PHONY: help quickstart images rlhf test test-slow test-transformers lint format test-minimum test-trl-ppo bench rare-pool rare clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -21,11 +22,18 @@ quickstart: $(VENV)/installed ## pretrain a small GPT, then match it to a target
 images: $(VENV)/installed ## a GAN on scikit-learn's digits, with metrics and a grid of samples
 	$(ACCELERATE) recipes/images/run.py --config recipes/images/config.yaml $(OPTIONS)
 
+rlhf: $(VENV)/installed ## pretraining, fine-tuning, a reward model and PPO, offline, with a table (minutes on 2 cores)
+	$(ACCELERATE) recipes/rlhf/run.py --config recipes/rlhf/config.yaml $(OPTIONS)
+
 test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/installed ## checks that take minutes each
 	$(BIN)/python -m pytest -q -m slow $(OPTIONS)
+
+test-transformers: $(VENV)/installed ## the tests that transformers runs on its own models (about 2 minutes)
+	$(BIN)/python tests/transformers_common/transformers_sources.py
+	$(BIN)/python -m pytest -q -m slow tests/transformers_common $(OPTIONS)
 
 lint: $(VENV)/installed ## ruff
 	$(BIN)/ruff check .
@@ -41,6 +49,15 @@ test-minimum: ## the tests with the oldest supported versions, in an environment
 	.venv-minimum/bin/python -m pip install --quiet -c constraints-minimum.txt -e ".[test]"
 	.venv-minimum/bin/python -m pytest -q $(OPTIONS)
 
+# TRL 1.12 was the last with PPO: it stays in a folder of its own, in front of the installed TRL for whoever asks for it.
+$(TRL_PPO)/installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TRL_PPO) trl==1.12.0
+	touch $@
+
+test-trl-ppo: $(TRL_PPO)/installed ## PPO against TRL 1.12's, and the recipe that runs it
+	PYTHONPATH=$(TRL_PPO) $(BIN)/python -c "import trl.experimental.ppo.ppo_trainer"
+	PYTHONPATH=$(TRL_PPO) $(BIN)/python -m pytest -q tests/test_ppo_terms.py tests/test_trl_recipe.py $(OPTIONS)
+
 bench: $(VENV)/installed ## the trainer's step against a bare loop
 	$(BIN)/python recipes/benchmarks/gdc_step.py
 
@@ -51,4 +68,4 @@ rare: $(VENV)/installed ## a constraint that 1 of 10,000 samples of the base sat
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu_two_processes.yaml recipes/benchmarks/rare.py
 
 clean: ## remove environments and caches, not outputs
-	rm -rf .venv .venv-minimum build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-minimum $(TRL_PPO) build dist *.egg-info .pytest_cache .ruff_cache

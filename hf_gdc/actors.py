@@ -5,7 +5,7 @@ Under PEFT both are one set of weights, with the adapter on or off; otherwise th
 Left out: training. Shapes: B samples of this process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -50,7 +50,8 @@ class Actors:
 
     def sample_policy(self, rows: Sequence[dict]) -> Rollouts:
         """One completion from the policy for each of this process's rows (`prompt` and other columns)."""
-        with self._policy_active() as model:
+        self.sampler.sync()
+        with self.policy_active() as model:
             return self._sample(self.sampler, model, rows)
 
     def draw(
@@ -64,7 +65,7 @@ class Actors:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [*rows, *rows[: -len(rows) % world]][rank::world]
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        active = self._reference_active() if from_reference else self._policy_active()
+        active = self._reference_active() if from_reference else self.policy_active()
         if other is not None:
             active = nullcontext(other.to(self.accelerator.device))
         with active as model, torch.random.fork_rng(devices):
@@ -80,9 +81,14 @@ class Actors:
             rollouts.scores["reference_logp"] = rollouts.policy_logp_B  # recorded while sampling
         return rollouts
 
+    def complete(self, rollouts: Rollouts) -> None:
+        """Set log pi of fresh rollouts where another engine sampled them."""
+        if rollouts.policy_logp_B is None:
+            rollouts.policy_logp_B = self.policy_logp(rollouts)
+
     def policy_logp(self, rollouts: Rollouts) -> Tensor:
         """(B,) log pi of the policy as it is now."""
-        with self._policy_active():
+        with self.policy_active():
             return self._score(self.scorer, rollouts)
 
     def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
@@ -91,7 +97,7 @@ class Actors:
         Returns what the policy's pass gave, entropies too.
         """
         device = self.accelerator.device
-        with self._policy_active():
+        with self.policy_active():
             out = outputs_in_parts(self.scorer, rollouts, self.batch_size, device, entropy=True, values=values)
         with self._reference_active():
             reference = outputs_in_parts(self._reference_scorer, rollouts, self.batch_size, device)
@@ -129,7 +135,8 @@ class Actors:
         )
 
     @contextmanager
-    def _policy_active(self):
+    def policy_active(self):
+        """The policy's model, whole, for a with-block."""
         with unsharded(self._wrapped(), self.accelerator) as model:
             yield model
 
@@ -139,7 +146,7 @@ class Actors:
             with unsharded(self._reference, self.accelerator) as model:
                 yield model
             return
-        with self._policy_active() as model, same_trainable(model), model.disable_adapter():
+        with self.policy_active() as model, same_trainable(model), model.disable_adapter():
             yield model
 
     def _score(self, scorer: Scorer, rollouts: Rollouts) -> Tensor:
@@ -151,10 +158,7 @@ def score_in_parts(scorer: Scorer, rollouts: Rollouts, batch_size: int, device: 
     """(B,) log-probs in float64 on the CPU, `batch_size` completions at a time, with dropout off."""
     if not len(rollouts):
         return torch.zeros(0, dtype=torch.float64)
-    parts = torch.arange(len(rollouts)).split(batch_size)
-    chosen = [rollouts] if len(parts) == 1 else [rollouts.select(part) for part in parts]
-    with evaluating(scorer.model):
-        return torch.cat([scorer.rollouts(part.tokens_to(device)).logp_B.cpu().double() for part in chosen])
+    return torch.cat([out.logp_B.cpu().double() for out in _outputs(scorer, rollouts, batch_size, device)])
 
 
 @torch.no_grad()
@@ -168,13 +172,22 @@ def outputs_in_parts(
 ) -> PolicyOutput:
     """Per-token numbers on `device`, `batch_size` completions at a time, with dropout off."""
     length, joined = rollouts.completion_ids_BT.shape[1], {}
-    with evaluating(scorer.model):
-        for part in torch.arange(len(rollouts)).split(batch_size):
-            out = scorer.rollouts(rollouts.select(part).tokens_to(device), entropy=entropy, values=values)
-            for name, value in vars(out).items():
-                if value is not None:
-                    joined.setdefault(name, []).append(nn.functional.pad(value, (0, length - value.shape[1])))
+    for out in _outputs(scorer, rollouts, batch_size, device, entropy=entropy, values=values):
+        for name, value in vars(out).items():
+            if value is not None:
+                joined.setdefault(name, []).append(nn.functional.pad(value, (0, length - value.shape[1])))
     return PolicyOutput(**{name: torch.cat(parts) for name, parts in joined.items()})
+
+
+def _outputs(
+    scorer: Scorer, rollouts: Rollouts, batch_size: int, device: torch.device, **wanted: bool
+) -> Iterator[PolicyOutput]:
+    """What the scorer says of `batch_size` completions at a time."""
+    parts = torch.arange(len(rollouts)).split(batch_size)
+    with evaluating(scorer.model):
+        for part in parts:
+            chosen = rollouts if len(parts) == 1 else rollouts.select(part)
+            yield scorer.rollouts(chosen.tokens_to(device), **wanted)
 
 
 def split_rows(rows: Sequence) -> tuple[list, dict[str, list]]:

@@ -98,6 +98,33 @@ class PolicyGradientConfig(TrainingArguments):
         default=None, metadata={"help": "Upper limit on pi/q, the correction for stale or warped rollouts."}
     )
 
+    # Rollouts by vLLM, through TRL; estimates and evaluation sample with transformers
+    use_vllm: bool = field(default=False, metadata={"help": "Sample the policy's rollouts with vLLM."})
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "colocate: in this process, on the same GPUs; server: on a running vLLM server."},
+    )
+    vllm_model_impl: str = field(
+        default="auto", metadata={"help": "auto, vllm, or transformers, as small_gpt needs (colocate)."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Free vLLM's memory during optimizer steps (colocate)."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes (colocate)."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "vLLM's context in tokens. Default: the model's (colocate)."}
+    )
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs of one vLLM engine (colocate)."})
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "The server's URL, in place of host and port."}
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "The server's port."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait until the server is up."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Port over which weights go to the server."})
+
     # Target and reports
     fit_samples: int = field(
         default=4096,
@@ -165,6 +192,12 @@ class PolicyGradientConfig(TrainingArguments):
                 "replay_samples mixes fit_samples with unwarped samples of the policy: it needs fit_samples and neither "
                 "temperature, top_k, top_p, min_p nor repetition_penalty."
             )
+        if self.vllm_mode not in ("colocate", "server"):
+            raise ValueError(f"vllm_mode must be 'colocate' or 'server', but is {self.vllm_mode!r}.")
+        if self.use_vllm and (self.replay_samples or self.generation_kwargs):
+            unfit = "replay_samples" if self.replay_samples else "generation_kwargs"
+            why = "mixes in samples of the policy itself" if self.replay_samples else "are options of `generate`"
+            raise ValueError(f"{unfit} {why}, so it does not go with use_vllm: drop one of the two.")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, but is {self.temperature}.")
         if self.steps_per_generation is None:

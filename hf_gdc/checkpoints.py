@@ -8,12 +8,16 @@ Left out: writing the checkpoint (transformers' Trainer, plus one file per proce
 
 import json
 import shutil
+import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
+
+from .adapters import only_trained_adapters
 
 STATE_FILE = "rollouts_{rank}.pt"
 
@@ -100,6 +104,50 @@ def claim_output_dir(output_dir: str, overwrite: bool) -> None:
         shutil.rmtree(path)
 
 
+def run_once(folder: Path, options: dict, make: Callable[[], None]) -> str:
+    """One stage of a longer job, in a folder of its own, unless an earlier run has finished it with the same options.
+
+    `make` runs in a folder that is new, or was left by a run that was cut off: it resumes or replaces what is there.
+    `stage.json` says with which options the stage began and, written last, that it is finished.
+
+    Args:
+        options: what the stage depends on, JSON only; with what this gave for the stages that it builds on.
+
+    Returns:
+        A name of what was made, new whenever it is made again.
+
+    Raises:
+        ValueError: the folder has other files, or was made with other options.
+    """
+    mark, wanted = folder / "stage.json", json.loads(json.dumps(options))
+    state = json.loads(mark.read_text()) if mark.is_file() else None
+    if state is None:
+        claim_output_dir(str(folder), overwrite=False)
+    elif state["options"] != wanted:
+        old = state["options"]
+        changed = [
+            f"{name}={old.get(name)!r}, now {value!r}" for name, value in wanted.items() if old.get(name) != value
+        ]
+        raise ValueError(
+            f"{str(folder)!r} was made with {'; '.join(changed) or 'other options'}. Delete that folder to make it again, with "
+            "the stages that build on it, or take another output_dir."
+        )
+    elif state["finished"]:
+        return state["made"]
+    state = {"options": wanted, "made": uuid.uuid4().hex, "finished": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(mark, state)
+    make()
+    _write_whole(mark, state | {"finished": True})
+    return state["made"]
+
+
+def _write_whole(file: Path, content: dict) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)
+
+
 class SafeCheckpoints:
     """Mixin for `transformers.Trainer`s: a claimed output folder, whole checkpoints, exact resume.
 
@@ -136,6 +184,10 @@ class SafeCheckpoints:
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with only_trained_adapters(self.model):
+            super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

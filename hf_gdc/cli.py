@@ -1,4 +1,4 @@
-"""Options of the recipes: dataclasses filled from a YAML file and the command line, which overrides it; targets as text.
+"""What recipes share: options from a YAML file and the command line, which overrides it; targets as text; saving a run.
 
 Left out: the `hf-gdc` command.
 """
@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .arguments import check_options
-from .targets import Moment, Pointwise, Reference, Reward, Target
+from .data import load_prompts
+from .hub import write_model_card
+from .loading import loading_options
+from .targets import Moment, Pointwise, Reference, Reward, Target, Teacher
 from .targets.base import Factor
-from .trl_compat import TrlParser
+from .trl_compat import ModelConfig, TrlParser
 
 
 def parse_options(*dataclasses: type, argv: Sequence[str] | None = None) -> tuple:
@@ -90,11 +93,41 @@ def _read_config(path: Path) -> dict:
     return values
 
 
+@dataclass
+class PromptArguments:
+    """The prompts; the model and its adapter are TRL's ModelConfig."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a .jsonl file or a Hub dataset with a column `prompt`. Default: the empty prompt."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the prompts as a stream."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
+
+    def dataset(self):
+        """What a trainer takes as `train_dataset`."""
+        return None if self.data is None else load_prompts(self.data, streaming=self.streaming)
+
+
+def name_model(model: ModelConfig, trust_remote_code: bool, args: TrainingArguments) -> str:
+    """The model's id or path; everything else that was said of it goes to `args.model_init_kwargs`.
+
+    Raises:
+        ValueError: no model was named.
+    """
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "which model? --model_name_or_path takes a path or an id of the Hub; recipes/pretrain makes a small one."
+        )
+    args.model_init_kwargs = {**loading_options(model, trust_remote_code), **(args.model_init_kwargs or {})}
+    return model.model_name_or_path
+
+
 # ---- targets, as options ----
 
 
 @dataclass
-class TargetArguments:
+class FactorArguments:
     """The target's factors, as text: see `hf_gdc.features` for how a feature is spelt."""
 
     pointwise: list[str] | None = field(
@@ -114,26 +147,45 @@ class TargetArguments:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each reward function. Default: 1."}
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model with the policy's tokenizer, in place of the reference: alone it is the target, with other "
+            "factors it is what they weigh."
+        },
+    )
+
+
+@dataclass
+class TargetArguments(FactorArguments):
+    """The target's factors, with the temperature of the rewards."""
+
     beta: float = field(
         default=0.1, metadata={"help": "Temperature of the rewards: the target has exp(reward / beta)."}
     )
 
 
-def build_target(options: TargetArguments, base: Factor | None = None) -> Target:
-    """Reference(), or another base, times the factors that the options name.
+def build_target(options: FactorArguments, beta: float | None = None, base: Factor | None = None) -> Target:
+    """Reference(), or the teacher, times the factors that the options name.
+
+    Args:
+        beta: temperature of the rewards, where the options (no `TargetArguments`) have none.
+        base: what stands in the place of Reference(), as Policy() does for images.
 
     Raises:
         ValueError: no factor at all, a moment without its mean or means, or a feature that can't be found.
     """
-    target = Target([Reference() if base is None else base])
+    if base is None:
+        base = Reference() if options.teacher is None else Teacher(options.teacher)
+    target = Target([base])
     for spec in options.pointwise or []:
         target = target * Pointwise(spec)
     for spec in options.moment or []:
         target = target * _moment(spec)
     if options.reward:
-        target = target * Reward(options.reward, options.beta, options.reward_weights)
-    if len(target.terms) == 1:
-        raise ValueError("the target is its base alone, unchanged: give it a --pointwise, --moment or --reward.")
+        target = target * Reward(options.reward, options.beta if beta is None else beta, options.reward_weights)
+    if len(target.terms) == 1 and options.teacher is None:
+        raise ValueError("the target is the reference itself: give it a --pointwise, --moment, --reward or --teacher.")
     return target
 
 
@@ -158,3 +210,29 @@ def _mean_of(text: str, grouped: bool) -> float | dict[str, float] | None:
         return {group: float(mean) for group, mean in means.items()}
     except (ValueError, TypeError, yaml.YAMLError):
         return None
+
+
+# ---- the end of a run ----
+
+
+def save_run(
+    trainer: Trainer,
+    metrics: dict[str, float],
+    folders: list[Path],
+    title: str,
+    command: str,
+    data: str,
+    base_model: str,
+) -> None:
+    """Put the target and a card beside the models saved in `folders`, and print what was measured. One process calls it.
+
+    Args:
+        metrics: what `evaluate` gave. title, command, data, base_model: see `write_model_card`.
+    """
+    shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+    for folder in folders:
+        trainer.target.save_pretrained(folder)
+        write_model_card(folder, title, trainer.target.formula(), command, shown, data, base_model)
+    for name, value in shown.items():
+        print(f"{name:40} {value:.4g}")
+    print(f"saved {' and '.join(str(folder) for folder in folders)}")

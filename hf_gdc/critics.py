@@ -12,7 +12,6 @@ Left out: the losses (`objectives`). Shapes: N real tokens, H hidden.
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_active
 from .scoring import causal_lm, same_trainable
 
 KINDS = ("shared", "adapter", "separate")
@@ -73,10 +73,11 @@ def attach_critic(model: "PreTrainedModel | PeftModel", kind: str, path: str | N
             f"{'has an adapter: use critic=adapter' if adapted else 'shows no backbone: use critic=shared'}."
         )
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    dtype = torch.promote_types(trained.dtype, torch.float32)  # half precision is too coarse to fit returns
     backbone = copy.deepcopy(lm.base_model).requires_grad_(True) if kind == "separate" else None
     device = lm.get_input_embeddings().weight.device
     size = lm.config.get_text_config().hidden_size
-    model.critic = Critic(kind, size, trained.dtype, device, backbone)
+    model.critic = Critic(kind, size, dtype, device, backbone)
     if not adapted:  # the weights' file is the policy's; PEFT's has nothing but the adapters
         own = [f"critic.{name}" for name in model.critic.state_dict()]
         model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *own]
@@ -103,23 +104,11 @@ def _without_head(model: PeftModel, config: PeftConfig) -> PeftConfig:
 
 def _adapter_critic(model: PeftModel) -> Callable:
     def critic(hidden_NH: Tensor, run: Callable[[nn.Module], Tensor]) -> Tensor:
-        with _critic_active(model):
+        with adapter_active(model, ADAPTER):
             hidden_NH = run(model.get_base_model().base_model)
         return model.critic(hidden_NH, run)
 
     return critic
-
-
-@contextmanager
-def _critic_active(model: PeftModel):
-    """The critic's adapter in place of the policy's; both stay as trainable as they are."""
-    policy = model.active_adapter
-    with same_trainable(model):
-        model.set_adapter(ADAPTER)
-        try:
-            yield
-        finally:
-            model.set_adapter(policy)
 
 
 def _train_both(model: PeftModel, policy: str) -> None:
@@ -133,6 +122,37 @@ def critic_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What belongs to the critic alone, by name."""
     named = model.named_parameters()
     return {name: p for name, p in named if name.startswith("critic.") or f".{ADAPTER}." in f"{name}."}
+
+
+def split_critic(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
+    """Give the critic groups of its own, with the learning rate `rate`."""
+    own = {id(parameter) for parameter in critic_parameters(model).values()}
+    for group in list(optimizer.param_groups):
+        critic = [parameter for parameter in group["params"] if id(parameter) in own]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if critic:
+            optimizer.add_param_group({**group, "params": critic, "lr": rate})
+
+
+def add_critic(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float | None, scheduled: bool) -> None:
+    """Add the critic to a user's optimizer; where a scheduler counts the groups, to its first one.
+
+    Args:
+        rate: the critic's learning rate; None for the optimizer's.
+        scheduled: the user gave a scheduler too.
+
+    Raises:
+        ValueError: a rate of its own, and a scheduler.
+    """
+    parameters = list(critic_parameters(model).values())
+    if not scheduled:
+        optimizer.add_param_group({"params": parameters} | ({} if rate is None else {"lr": rate}))
+    elif rate is None:
+        optimizer.param_groups[0]["params"].extend(parameters)
+    else:
+        raise ValueError(
+            "a scheduler of your own knows no group for the critic: drop critic_learning_rate, or give the optimizer alone."
+        )
 
 
 def save_critic(model: nn.Module, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:

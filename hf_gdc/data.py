@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from . import stories
+from . import preferences, stories
 
 Rows = Dataset | IterableDataset
 Messages = list[dict]  # chat: [{"role": "user", "content": "Hi"}, ...]
@@ -54,6 +54,19 @@ def load_prompts(
         parts = [text.partition(".") for text in stories.sample(num_stories, seed)]
         rows = [{"prompt": first + stop, "completion": rest} for first, stop, rest in parts]
     return _checked(_load(source, split, streaming, rows), source, ("prompt",))
+
+
+def load_preferences(
+    source: str, split: str = "train", num_pairs: int = 4000, temperature: float = 1.0, seed: int = 0
+) -> Rows:
+    """Rows with `chosen` and `rejected`, completions of a `prompt` if there is that column, else whole texts or chats.
+
+    Args:
+        source: "stories", which is `preferences.story_preferences`, or what `load_text` takes.
+        num_pairs, temperature, seed: of the stories' preferences; other sources ignore them.
+    """
+    rows = preferences.story_preferences(num_pairs, temperature, seed) if source == "stories" else None
+    return _checked(_load(source, split, False, rows), source, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
 def _checked(dataset: Rows, source: str, *alternatives: tuple[str, ...]) -> Rows:

@@ -30,11 +30,11 @@ def write_model_card(
         results: measured values by name.
         data: what it was trained on.
         base_model: what it started from; the card links it if it is an id of the Hub, not a folder.
-        template: a file of `hf_gdc/templates`.
+        template: a file of `templates`.
     """
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
-    card = Template(files("hf_gdc").joinpath("templates", template).read_text())
+    card = Template(files("hf_gdc").joinpath(f"templates/{template}").read_text())
     linked = base_model is not None and not Path(base_model).exists()
     text = card.substitute(
         base_model=f"base_model: {base_model}\n" if linked else "",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from .trl_compat import ModelConfig, get_peft_config, prepare_deepspeed, prepare_fsdp
+from .trl_compat import ModelConfig, get_peft_config, get_quantization_config, prepare_deepspeed, prepare_fsdp
 
 
 def load_policy(
@@ -88,6 +88,18 @@ def _some_logits(model: nn.Module) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits
     model.train(training)
     return logits
+
+
+def loading_options(options: ModelConfig, trust_remote_code: bool) -> dict:
+    """Arguments of `from_pretrained` from TRL's options, without those that are None."""
+    found = {
+        "dtype": options.dtype,
+        "revision": options.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": options.attn_implementation,
+        "quantization_config": get_quantization_config(options),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def adapter_config(options: ModelConfig) -> PeftConfig | None:

@@ -95,7 +95,9 @@ class PPOConfig(PolicyGradientConfig):
         for name in ("kl_coef", "kl_horizon", "kl_target", "cliprange", "cliprange_value", "missing_eos_penalty"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, but is {value}.")
+                zero = name == "kl_coef" and value == 0
+                why = ": a(x) exp(r(x) / 0) is no target, so use a small one, such as 0.001" if zero else ""
+                raise ValueError(f"{name} must be positive, but is {value}{why}.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}.")

@@ -5,10 +5,12 @@ Left out: divergences (`evaluation`) and model cards.
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 from datasets import Dataset
+from torch import Tensor
 
 from .rollouts import Rollouts
 
@@ -71,3 +73,15 @@ def log_samples(rollouts: Rollouts, output_dir: str, step: int, to_print: int | 
         values = ", ".join(f"{name} {values[row]:.3g}" for name, values in rollouts.scores.items())
         prompt = f"{rollouts.prompts[row]} -> " if rollouts.prompts[row] else ""
         print(f"[{step}] {prompt}{rollouts.texts[row].strip()}  ({values})")
+
+
+def warn_if_alike(rewards_N: Tensor) -> None:
+    """Say that there is nothing to learn where all completions of a set of rollouts earned the same; -inf is no reward."""
+    alike = len(rewards_N) > 1 and bool(rewards_N.isfinite().all())
+    if alike and float(rewards_N.max() - rewards_N.min()) <= 1e-9 * max(1.0, float(rewards_N.abs().max())):
+        warnings.warn(
+            f"all {len(rewards_N)} completions of a set of rollouts got the same reward, {float(rewards_N[0]):.4g}: there is "
+            "nothing to learn but the way back to the reference. Check the reward function on texts of your own, raise "
+            "num_generations, or start from a model that earns it sometimes.",
+            stacklevel=3,
+        )

@@ -26,7 +26,7 @@ class Rollouts:
         prompt_key_B: int64 key of the prompt's token ids; samples with equal keys share one Z.
         sampler_logp_B: log q(completion | prompt) of what produced it, in nats.
         policy_logp_B: log pi of the policy at the time of the rollout; the same tensor where the policy was sampled from
-            without warping.
+            without warping; None until it is scored, where another engine sampled.
         sampler_logps_BT: per-token log q, or None.
         policy_logps_BT, reference_logps_BT: per-token log pi at the time of the rollout and log a, where a method asks.
         values_BT: a critic's values before each token; advantages_BT, returns_BT: what a method made of them.
@@ -42,7 +42,7 @@ class Rollouts:
     completion_mask_BT: Tensor
     prompt_key_B: Tensor
     sampler_logp_B: Tensor
-    policy_logp_B: Tensor
+    policy_logp_B: Tensor | None
     sampler_logps_BT: Tensor | None = None
     log_score_B: Tensor | None = None
     log_z_B: Tensor | None = None

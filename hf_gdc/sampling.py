@@ -142,6 +142,9 @@ class TransformersSampler:
             eos_ids=eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids],
         )
 
+    def sync(self) -> None:
+        """Take over the policy's weights before a set of rollouts: nothing to do, since it samples from them."""
+
     def unwarped(self) -> "TransformersSampler":
         """The same sampler of the model itself."""
         plain = copy.copy(self)
@@ -169,10 +172,10 @@ class TransformersSampler:
         padded = flipped.flip(1)
         keys = torch.tensor([prompt_key(row) for row in ids])
         mask = padded >= 0
-        return torch.where(mask, padded, self._pad_id)[index], mask[index], keys[index]
+        return torch.where(mask, padded, self.pad_id)[index], mask[index], keys[index]
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     @torch.no_grad()
@@ -203,7 +206,7 @@ class TransformersSampler:
             repetition_penalty=1.0,
             num_beams=1,
             eos_token_id=self.eos_ids,
-            pad_token_id=self._pad_id,
+            pad_token_id=self.pad_id,
             **{"use_cache": True, **self.generation_kwargs},
         )
         cache = None

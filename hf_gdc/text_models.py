@@ -85,7 +85,7 @@ class TextModel:
             return torch.zeros(0, dtype=torch.float64)
         texts = [text if text.strip() else self.blank for text in texts]
         if not self._placed:
-            self.model.to(_device())
+            self.model.to(default_device())
             self._placed = True
         ids = self.tokenizer(texts, truncation=True, max_length=self.limit, add_special_tokens=special_tokens)[
             "input_ids"
@@ -120,7 +120,7 @@ def _reads_the_last_token(config, wanted: bool):
             config.pad_token_id = None
 
 
-def _device() -> torch.device:
+def default_device() -> torch.device:
     """The accelerator's device where a trainer has set one up (it may have been told to use the CPU), else the best."""
     if is_initialized():
         return AcceleratorState().device

@@ -1,11 +1,12 @@
 """Folders as transformers and the trainers leave them: whole, cut off, and of another number of processes."""
 
 import json
+import shutil
 import warnings
 
 import pytest
 
-from hf_gdc.checkpoints import checkpoints, claim_output_dir, missing_parts, resolve_checkpoint
+from hf_gdc.checkpoints import checkpoints, claim_output_dir, missing_parts, resolve_checkpoint, run_once
 
 COMMON = ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "training_args.bin", "config.json"]
 
@@ -128,3 +129,31 @@ def test_overwriting_deletes_checkpoints_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").touch()
     claim_output_dir(str(tmp_path), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-notes", "notes.txt"]
+
+
+def test_a_stage_is_made_once(tmp_path):
+    """Skipped when it is finished, made again after a cut, refused with other options or in a folder of the user's."""
+    folder, calls = tmp_path / "stage", []
+
+    def cut():
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_once(folder, {"steps": 3, "after": None}, cut)
+    assert (folder / "half").exists()
+    made = run_once(folder, {"steps": 3, "after": None}, lambda: calls.append(1))
+    assert calls == [1]
+    assert run_once(folder, {"after": None, "steps": 3}, lambda: calls.append(2)) == made and calls == [1]
+    with pytest.raises(ValueError, match="was made with steps=3, now 4. Delete that folder to make it again"):
+        run_once(folder, {"steps": 4, "after": None}, lambda: calls.append(3))
+    with pytest.raises(ValueError, match="was made with other options"):
+        run_once(folder, {"steps": 3}, lambda: calls.append(3))
+    assert calls == [1]
+    shutil.rmtree(folder)
+    assert run_once(folder, {"steps": 3, "after": None}, lambda: calls.append(4)) != made and calls == [1, 4]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        run_once(tmp_path / "mine", {}, lambda: calls.append(5))
+    assert calls == [1, 4] and [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

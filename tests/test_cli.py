@@ -1,9 +1,14 @@
 """Options from YAML and the command line: who wins, and what a typing mistake gets."""
 
+import json
+import runpy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_gdc.cli import TargetArguments as TargetOptions
 from hf_gdc.cli import build_target, parse_options, resume_option
@@ -155,3 +160,35 @@ def test_targets_from_a_config(config):
     text = '{pointwise: contains:dragon, moment: [contains:she=0.5 per topic, "length:words={a: 3} per topic"], use_cpu: true}'
     options, _ = parse_options(TargetOptions, GDCConfig, argv=["--config", config(text)])
     assert [moment.per for moment in build_target(options).moments] == ["topic", "topic"]
+
+
+def test_a_teacher_takes_the_references_place(tmp_path):
+    tiny.model(1, 1.0, torch.float32).save_pretrained(tmp_path / "large")
+    tiny.tokenizer().save_pretrained(tmp_path / "large")
+    path = str(tmp_path / "large")
+    alone = build_target(TargetOptions(teacher=path))
+    assert alone.formula() == "P(x) = teacher_large(x)" and alone.normalised
+    both = build_target(TargetOptions(teacher=path, pointwise=["contains:b"], reward=["count:a"], beta=0.5))
+    assert both.formula() == "P(x) = teacher_large(x) * [contains:b] * exp((count:a) / 0.5)"
+    with pytest.raises(ValueError, match="the target is the reference itself: give it a .* or --teacher"):
+        build_target(TargetOptions())
+
+
+def test_the_gdc_recipe_learns_from_a_teacher(tmp_path):
+    for seed, name in enumerate(("student", "large")):
+        tiny.model(seed, 1.0, torch.float32).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    script = Path(__file__).parents[1] / "recipes" / "gdc" / "run.py"
+    (tmp_path / "config.yaml").write_text(f"teacher: {tmp_path / 'large'}\nreport_to: none\nsave_strategy: 'no'\n")
+    options = {"config": tmp_path / "config.yaml", "model_name_or_path": tmp_path / "student"}
+    options |= {"output_dir": tmp_path / "out", "max_steps": 30, "learning_rate": 1e-2}
+    options |= {"max_completion_length": 3, "per_device_train_batch_size": 128, "fit_samples": 128, "use_cpu": "true"}
+    options |= {"reference_samples": 512, "eval_samples": 512, "disable_tqdm": "true"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    runpy.run_path(str(script))["main"](words)
+    target = json.loads((tmp_path / "out" / "model" / "target.json").read_text())
+    assert [factor["type"] for factor in target["factors"]] == ["Teacher"]
+    ids = torch.tensor([[0, 1, 2]])
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "large", "out/model")]
+    before, teacher, after = (model(ids).logits[0].log_softmax(-1).detach() for model in models)
+    assert (after - teacher).abs().mean() < 0.5 * (before - teacher).abs().mean()

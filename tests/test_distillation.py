@@ -8,7 +8,7 @@ import tiny
 import torch
 from builders import gemma2, gpt2, letters, rollouts_by_hand, small_gpt
 from datasets import Dataset
-from test_exactness import DIVERGENCES, NAMES, flat_gradient
+from test_exactness import DIVERGENCES, NAMES
 
 from hf_gdc import (
     DistillationConfig,
@@ -86,8 +86,8 @@ def test_the_dense_gradient_is_exact(options, prefix_term, off_policy, prompts, 
     weight_B = rollouts.sampler_logp_B.exp() / len(prompts)
     wanted = exact_objective(trainer, prompts, prefix_term)
     assert (weight_B * loss_B).sum().item() == pytest.approx(wanted.item(), rel=1e-10)  # also its value
-    estimated = flat_gradient((weight_B * loss_B).sum(), trainer.model)
-    analytic = flat_gradient(wanted, trainer.model)
+    estimated = tiny.gradient((weight_B * loss_B).sum(), trainer.model)
+    analytic = tiny.gradient(wanted, trainer.model)
     assert analytic.norm() > 1e-3
     assert (estimated - analytic).norm() / analytic.norm() < 1e-8
 
@@ -99,10 +99,10 @@ def test_with_the_prefix_term_reverse_kl_is_that_of_whole_sequences(tmp_path):
         trainer = distiller(tmp_path, divergence=name, prefix_term=prefix_term)
         rollouts = strings_with_q(trainer, ("",), trainer.model)
         loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-        dense = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
+        dense = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
         logp = trainer.actors.scorer.rollouts(rollouts).logp_B
         whole = tiny.exact_divergence(trainer.divergence, logp, trainer.target.log_score(rollouts))
-        sequence = flat_gradient(whole, trainer.model)
+        sequence = tiny.gradient(whole, trainer.model)
         gradients[name, prefix_term] = float((dense - sequence).norm() / sequence.norm())
     assert gradients.pop(("reverse_kl", True)) < 1e-8
     assert min(gradients.values()) > 0.1
@@ -118,15 +118,15 @@ def test_the_baseline_of_the_prefix_term_is_unbiased(off_policy, tmp_path):
     rollouts.prompt_key_B = torch.arange(len(pairs)).repeat_interleave(2)
     weight_B = every.sampler_logp_B[pairs].sum(1).exp().repeat_interleave(2) / 2
     loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    estimated = flat_gradient((weight_B * loss_B).sum(), trainer.model)
-    analytic = flat_gradient(exact_objective(trainer, ("",), True), trainer.model)
+    estimated = tiny.gradient((weight_B * loss_B).sum(), trainer.model)
+    analytic = tiny.gradient(exact_objective(trainer, ("",), True), trainer.model)
     assert (estimated - analytic).norm() / analytic.norm() < 1e-8
     rollouts.prompt_key_B = torch.arange(len(rollouts))
     alone_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    without = flat_gradient((weight_B * alone_B)[:30].sum(), trainer.model)  # the baseline is really there
+    without = tiny.gradient((weight_B * alone_B)[:30].sum(), trainer.model)  # the baseline is really there
     rollouts.prompt_key_B = torch.arange(len(pairs)).repeat_interleave(2)
     with_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    assert (flat_gradient((weight_B * with_B)[:30].sum(), trainer.model) - without).norm() > 1e-4
+    assert (tiny.gradient((weight_B * with_B)[:30].sum(), trainer.model) - without).norm() > 1e-4
 
 
 def test_the_mean_of_the_others():
@@ -205,7 +205,7 @@ def test_chunks_of_tokens_leave_no_trace(make):
             return token_divergence(logp_NV, theirs(part).log_softmax(-1), get_divergence("js"))
 
         out = scorer.rollouts(rollouts, entropy=True, extra=divergence_of)
-        results.append((out.logps_BT, out.entropy_BT, out.extra_BT, flat_gradient(out.extra_BT.sum(), lm)))
+        results.append((out.logps_BT, out.entropy_BT, out.extra_BT, tiny.gradient(out.extra_BT.sum(), lm)))
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(whole, chunked, rtol=1e-4, atol=1e-5)
     with torch.no_grad():  # against plain forward passes
@@ -292,10 +292,10 @@ def test_sequence_level_distillation_is_exact(options, tmp_path):
     trainer.weigh(rollouts)
     rollouts.baseline_B = torch.zeros(15, dtype=torch.float64)
     loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    estimated = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
+    estimated = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
     logp = trainer.actors.scorer.rollouts(rollouts).logp_B
     exact = tiny.exact_divergence(trainer.divergence, logp, trainer.target.log_score(rollouts))
-    analytic = flat_gradient(exact, trainer.model)
+    analytic = tiny.gradient(exact, trainer.model)
     assert (estimated - analytic).norm() / analytic.norm() < 1e-8
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import tiny
@@ -254,3 +255,16 @@ def nan_feature(completion_ids, **_):
 
 def short(completion_ids, **_):
     return [1.0]
+
+
+def test_rewards_that_are_all_equal_are_a_warning(tmp_path):
+    def constant(completions, **_):
+        return [0.7] * len(completions)
+
+    trainer = tiny.trainer(Reference() * Reward(constant, 0.5), tmp_path)
+    with pytest.warns(UserWarning, match="all 8 completions of a set of rollouts got the same reward, 0.7"):
+        trainer._make_rollouts([{"prompt": ""}] * 8)
+    other = tiny.trainer(tiny.SOFT["reward"](), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        other._make_rollouts([{"prompt": ""}] * 32)

@@ -340,11 +340,10 @@ def test_loads_as_remote_code_without_the_library(tmp_path):
         expected = {"ids": ids, "logits": model(ids).logits, "hidden": model.model(ids).last_hidden_state}
         expected["generated"] = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         torch.save({key: value.detach() for key, value in expected.items()}, path / "expected.pt")
-        assert json.loads((path / "config.json").read_text())["auto_map"] == {
-            "AutoConfig": "configuration_small_gpt.SmallGPTConfig",
-            "AutoModel": "modeling_small_gpt.SmallGPTModel",
-            "AutoModelForCausalLM": "modeling_small_gpt.SmallGPTForCausalLM",
-        }
+        auto_map = json.loads((path / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoConfig"] == "configuration_small_gpt.SmallGPTConfig"
+        assert auto_map["AutoModel"] == "modeling_small_gpt.SmallGPTModel"
+        assert auto_map["AutoModelForCausalLM"] == "modeling_small_gpt.SmallGPTForCausalLM"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     subprocess.run(

@@ -214,3 +214,33 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-6)
     assert (ends[0]["lm_head.weight"] - tiny.model(3, 0.2).lm_head.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_in_half_precision_has_values_in_single(kind, tmp_path):
+    """bfloat16 has 8 bits: a head in it could not tell returns apart, and small steps would round to nothing."""
+    tiny.model(3, 0.2, torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    options = {"max_steps": 3, "critic_learning_rate": 1e-4, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = trainer_of(kind, tmp_path / "run", tmp_path / "base", **options)
+    head = trainer.model.critic.head
+    assert head.weight.dtype == head.bias.dtype == torch.float32
+    trainer.train()
+    rollouts = weighed(trainer)
+    assert rollouts.values_BT.dtype == rollouts.returns_BT.dtype == torch.float32
+    moved = head.weight.abs()
+    assert 0 < float(moved.max()) < 1e-3 and torch.isfinite(moved).all()
+    states_BTH = states(_critics_backbone(trainer, kind), rollouts)
+    values_BT = (states_BTH.float() @ head.weight.T + head.bias).squeeze(-1).detach()
+    mask_BT = rollouts.completion_mask_BT
+    torch.testing.assert_close(rollouts.values_BT[mask_BT], values_BT[mask_BT], rtol=0.05, atol=1e-5)
+    trainer.save_model(str(tmp_path / "model"))
+    saved = load_file(tmp_path / "model" / "critic" / "critic.safetensors")
+    assert torch.equal(saved["head.weight"], head.weight)
+
+
+def _critics_backbone(trainer, kind: str):
+    if kind == "adapter":
+        trainer.model.set_adapter("critic")
+        return trainer.model.get_base_model().model
+    return trainer.model.critic.backbone if kind == "separate" else trainer.model.model

@@ -241,18 +241,6 @@ def test_difference_whitening_is_over_all_processes(parts):
     assert float(whole[2]) == pytest.approx(float(x[r.mask].var()))
 
 
-def test_difference_every_token_of_a_set_weighs_the_same():
-    """TRL takes the mean of each micro-batch's mean, where tokens of short completions weigh more. (Ours, on the trainer's
-    own micro-batches, is in test_ppo.)"""
-    r = rollouts(SHORT)
-    _, advantages, returns = ours(r)
-    policy, _ = clipped_policy_loss(r.new_logps, r.logps, advantages, CLIP)
-    per_part = torch.stack([loss[mask].mean() for loss, mask in zip(policy, r.mask, strict=True)])
-    per_sample = torch.where(r.mask, policy, 0.0).sum(-1) / (sum(SHORT) / SIZE)
-    torch.testing.assert_close(per_sample.mean(), policy[r.mask].mean())
-    assert (per_part.mean() - policy[r.mask].mean()).abs() > 0.01
-
-
 def test_the_kl_coefficient_keeps_its_sign_however_many_samples():
     assert adapted_kl_coef(0.05, 0.0, 1.0, samples=1024, horizon=100) == pytest.approx(0.04)
     assert adapted_kl_coef(0.05, 9.0, 1.0, samples=1024, horizon=100) == pytest.approx(0.06)

@@ -136,3 +136,17 @@ def exact_divergence(divergence, logp: Tensor, log_p: Tensor) -> Tensor:
     regular = (log_p[inside].exp() * divergence.f((logp - log_p)[inside])).sum()
     outside = logp[~inside].exp().sum()
     return regular + (divergence.f_prime_inf * outside if len(logp[~inside]) else 0.0)
+
+
+def gradient(loss: Tensor, lm) -> Tensor:
+    """In the parameters that train, a critic's left out, as one vector."""
+    named = lm.named_parameters()
+    parameters = [p for name, p in named if p.requires_grad and not name.startswith("critic.")]
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+
+
+def exact_gradient(trainer, rollouts: Rollouts, log_p: Tensor, prompts: int = 1) -> Tensor:
+    """Of the mean over prompts of D_f(pi || p), from the definition; `log_p` of the enumerated strings (B,)."""
+    logp = trainer.actors.scorer.rollouts(rollouts).logp_B
+    pairs = zip(logp.view(prompts, -1), log_p.view(prompts, -1), strict=True)
+    return gradient(sum(exact_divergence(trainer.divergence, *pair) for pair in pairs) / prompts, trainer.model)

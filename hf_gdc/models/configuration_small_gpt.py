@@ -18,12 +18,16 @@ AUTO_MAP = {
     "AutoConfig": "configuration_small_gpt.SmallGPTConfig",
     "AutoModel": "modeling_small_gpt.SmallGPTModel",
     "AutoModelForCausalLM": "modeling_small_gpt.SmallGPTForCausalLM",
+    "AutoModelForMaskedLM": "modeling_small_gpt.SmallGPTForMaskedLM",
+    "AutoModelForQuestionAnswering": "modeling_small_gpt.SmallGPTForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_small_gpt.SmallGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_small_gpt.SmallGPTForTokenClassification",
 }
 
 
 @strict
 class SmallGPTConfig(PreTrainedConfig):
-    """The shape of a small decoder-only transformer.
+    """The shape of a small transformer, a decoder unless `is_causal=False`.
 
     The defaults give 0.8 M parameters apart from the token embedding, in a model whose weights have Llama's
     names and meaning.
@@ -50,6 +54,8 @@ class SmallGPTConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial weights. The projections that write to the
             residual stream start smaller, by 1 / sqrt(2 * `num_hidden_layers`), as in GPT-2.
         tie_word_embeddings: whether the output layer shares the token embedding.
+        is_causal: whether a token sees only those before it. `False`, for `SmallGPTForMaskedLM` and, if wanted, the
+            classifiers, lets it see both sides; then there is no cache and no packing of sequences into one row.
         use_cache: whether forward returns keys and values for the next call unless told otherwise.
         bos_token_id, eos_token_id, pad_token_id: from your tokenizer. They steer `generate`; no weight
             depends on them, so they may coincide.
@@ -92,6 +98,7 @@ class SmallGPTConfig(PreTrainedConfig):
     embedding_dropout: int | float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    is_causal: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -103,6 +110,7 @@ class SmallGPTConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             swiglu_size = -(-8 * self.hidden_size // (3 * 16)) * 16
             self.intermediate_size = swiglu_size if self.hidden_act == "swiglu" else 4 * self.hidden_size
+        self.use_cache = self.use_cache and self.is_causal
         if self.hidden_act != "swiglu":
             plan = self.base_model_tp_plan
             self.base_model_tp_plan = {name: split for name, split in plan.items() if "gate_proj" not in name}

@@ -12,11 +12,12 @@ N gathered ones, K moments.
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..divergences import get_divergence
@@ -32,7 +33,8 @@ class Context:
 
     `reference_logp(rollouts)` gives log a (B,) on the CPU; `sample_reference(prompts)` draws from a, one completion for
     each prompt; `gather` joins a CPU tensor of equal length over processes (the identity on one). `extras` replaces what
-    features get as TRL's `trainer_state`, `log_metric` and `log_extra`. `tokenizer` is the policy's.
+    features get as TRL's `trainer_state`, `log_metric` and `log_extra`. `tokenizer` is the policy's; `policy()` gives its
+    model, whole, for a with-block, for factors that put an adapter on its base.
     """
 
     reference_logp: Callable[[Rollouts], Tensor]
@@ -40,6 +42,7 @@ class Context:
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     extras: dict = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
+    policy: Callable[[], AbstractContextManager[nn.Module]] | None = None
 
 
 class Factor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..features import READY, Feature
-from ..reward_models import reward_model
+from ..reward_models import RewardAdapter, reward_model
 from ..rollouts import Rollouts
-from .base import Factor
+from .base import Context, Factor
 
 
 class Reward(Factor):
@@ -56,9 +56,17 @@ class Reward(Factor):
         self.features, self.beta = [Feature(function, name) for function, name in named], float(beta)
         self.weights = [1.0] * len(listed) if reward_weights is None else [float(w) for w in reward_weights]
         if not self.beta > 0:
-            raise ValueError(f"Reward's beta must be positive, but is {beta!r}; use a small one for a strong reward.")
+            raise ValueError(
+                f"Reward's beta must be positive, but is {beta!r}: at 0, exp(reward / beta) times the reference is no "
+                "distribution, whatever the divergence. Use a small one, such as 0.01, for a reward that matters more than it."
+            )
         if not listed or len(self.weights) != len(listed):
             raise ValueError(f"{len(listed)} reward functions need as many reward_weights, not {len(self.weights)}.")
+
+    def bind(self, context: Context) -> None:
+        for feature in self.features:
+            if isinstance(feature.function, RewardAdapter):
+                feature.function.bind(context.policy)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
         """(B,) weighted sum of the rewards; a function that says None of a sample counts 0 there."""

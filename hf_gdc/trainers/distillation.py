@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ..arguments import PolicyGradientConfig, suggest_options
 from ..dense import dense_loss, token_divergence
 from ..divergences import get_divergence
-from ..evaluation import Scored, finite, first_rows, pooled_metrics, repeated
-from ..prompt_order import EmptyPrompts
+from ..evaluation import Scored, pooled_metrics, repeated
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets import Teacher
@@ -125,24 +124,21 @@ class DistillationTrainer(PolicyGradientTrainer):
         self._averages.add({name: float(value.mean()) for name, value in metrics.items()})
         return loss_B, out
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Every divergence between student and teacher on whole sequences, with `_stderr`; features of lengths.
+    def _make_rollouts(self, rows: list[dict]) -> Rollouts:
+        """Samples of the student, unweighed: the teacher reads them once, with the loss."""
+        self._last_rollouts = rollouts = self.actors.sample_policy(rows)
+        self.actors.complete(rollouts)
+        self._averages.add(self._sample_metrics(rollouts), samples=len(rows) * self.args.world_size)
+        return rollouts
 
-        From `eval_samples` completions of the student and as many of the teacher, drawn once: the teacher's samples see
-        what the student dropped. `kl_target_policy` is KL(teacher || student), `kl_policy_target` the other direction.
+    def judge(self, policy: Rollouts, rows: list[dict]) -> dict[str, float]:
+        """Divergences between student and teacher on whole sequences; the teacher's samples see what the student dropped.
+
+        `kl_target_policy` is KL(teacher || student), `kl_policy_target` the other direction.
         """
-        dataset = eval_dataset or self.eval_dataset or self.train_dataset
-        rows = first_rows(dataset, 1 if isinstance(dataset, EmptyPrompts) else self.args.eval_samples)
-        theirs, draw = self.teacher_samples(rows, self.args.eval_samples), self.actors.draw
-        policy = draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
+        theirs = self.teacher_samples(rows, self.args.eval_samples)
         scored = self._scored(policy, policy.policy_logp_B)
-        metrics = pooled_metrics(scored, self._scored(theirs, self.actors.policy_logp(theirs)))
-        metrics |= self._sample_metrics(policy)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in finite(metrics).items()}
-        self.evaluation_samples = policy
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return pooled_metrics(scored, self._scored(theirs, self.actors.policy_logp(theirs)))
 
     def teacher_samples(self, rows: list[dict], total: int) -> Rollouts:
         """This process's share of about `total` completions of the teacher for these rows, drawn once."""

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from ..arguments import PolicyGradientConfig, suggest_options
 from ..divergences import get_divergence
+from ..evaluation import Scored
 from ..objectives import score_function_loss
+from ..reporting import warn_if_alike
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets.base import Factor, Target
+from ..targets.reward import Reward
 from .policy_gradient import PolicyGradientTrainer
 
 
@@ -64,6 +67,11 @@ class GDCTrainer(PolicyGradientTrainer):
         reward = super().pseudo_reward(log_t)
         clip = self.args.reward_clip
         return reward if clip is None else reward.clamp(-clip, clip)
+
+    def assign_credit(self, rollouts: Rollouts, scored_N: Scored) -> None:
+        for factor, _ in self.target.terms:
+            if isinstance(factor, Reward):
+                warn_if_alike(self.actors.gather(factor.rewards(rollouts)))
 
     def policy_loss(self, out: PolicyOutput, reward_B: Tensor, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         def like(numbers_B: Tensor) -> Tensor:

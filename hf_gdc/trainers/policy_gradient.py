@@ -35,6 +35,7 @@ from ..rollouts import Rollouts
 from ..sampling import TransformersSampler
 from ..scoring import PolicyOutput
 from ..targets.base import Context, Factor, Target
+from ..vllm_sampler import VLLMSampler, check_vllm
 
 
 class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
@@ -77,6 +78,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         train_only(model, args.trainable_modules or [".*"])
         tokenizer = load_tokenizer(processing_class, model)
         sampler = TransformersSampler.from_options(tokenizer, model, args)
+        if args.use_vllm:
+            check_vllm(model)
         if args.disable_dropout:
             disable_dropout(model)
         if train_dataset is None:
@@ -100,6 +103,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         self.loss_is_scaled_for_ga = False
         self.target = target if isinstance(target, Target) else Target([target])
         self.partition = Partition(self.target.normalised)
+        if args.use_vllm:
+            sampler = VLLMSampler.from_options(sampler, self.model, self.accelerator, args)
         self.actors = Actors(
             self.model,
             lambda: self.model_wrapped,
@@ -108,9 +113,8 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             args.per_device_eval_batch_size,
             args.seed,
         )
-        self.target.bind(
-            Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, tokenizer=tokenizer)
-        )
+        own = {"tokenizer": tokenizer, "policy": self.actors.policy_active}
+        self.target.bind(Context(self.actors.reference_logp, self._sample_reference, self.actors.gather, **own))
         self._averages = Averages()
         self._fitted = False
         self._micro_steps = 0  # taken with the current rollouts
@@ -171,6 +175,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
             self._fit_on_reference()
         self._last_rollouts = rollouts = self.actors.sample_policy(rows)
         self.score_tokens(rollouts)
+        self.actors.complete(rollouts)
         self.target.log_score(rollouts)  # computes the features, once
         self.actors.reference_logp(rollouts)
         metrics = self._sample_metrics(rollouts)
@@ -276,31 +281,30 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         rows = first_rows(dataset, 1 if isinstance(dataset, EmptyPrompts) else self.args.eval_samples)
         if not self._fitted:
             self._fit_on_reference()
-        reference = self.reference_pools.judging(rows, self.args.reference_samples)
         policy = self.actors.draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
-        alive = (self.target.log_score(reference) > -torch.inf).nonzero().flatten()
-        policy_logp = torch.zeros(len(reference), dtype=torch.float64)
-        policy_logp[alive] = self.actors.policy_logp(reference.select(alive))
-        scored = self._gather_scored(policy)
-        metrics = pooled_metrics(scored, self._gather_scored(reference, policy_logp))
-        metrics["kl_policy_reference"] = float((scored.policy_logp - scored.reference_logp).mean())
-        metrics |= self._sample_metrics(policy)
+        metrics = self.judge(policy, rows) | self._sample_metrics(policy)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in finite(metrics).items()}
         self.evaluation_samples = policy
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def judge(self, policy: Rollouts, rows: list[dict]) -> dict[str, float]:
+        """Divergences of the policy, by its samples for these rows and a pool that sees what it dropped."""
+        reference = self.reference_pools.judging(rows, self.args.reference_samples)
+        alive = (self.target.log_score(reference) > -torch.inf).nonzero().flatten()
+        policy_logp = torch.zeros(len(reference), dtype=torch.float64)
+        policy_logp[alive] = self.actors.policy_logp(reference.select(alive))
+        scored = self._gather_scored(policy)
+        metrics = pooled_metrics(scored, self._gather_scored(reference, policy_logp))
+        return metrics | {"kl_policy_reference": float((scored.policy_logp - scored.reference_logp).mean())}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training step's, not an evaluation's or the end's
             logs = {**logs, **self._averages.pop()}
             if self.args.log_completions and self._last_rollouts is not None and self.is_world_process_zero():
-                log_samples(
-                    self._last_rollouts,
-                    self.args.output_dir,
-                    self.state.global_step,
-                    self.args.num_completions_to_print,
-                )
+                to_print = self.args.num_completions_to_print
+                log_samples(self._last_rollouts, self.args.output_dir, self.state.global_step, to_print)
         super().log(logs, start_time)
 
     # ---- the Trainer's hooks ----

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..critics import attach_critic, critic_parameters, load_critic, save_critic
+from ..critics import add_critic, attach_critic, critic_parameters, load_critic, save_critic, split_critic
 from ..divergences import get_divergence
 from ..evaluation import Scored
 from ..features import Feature
@@ -34,6 +34,7 @@ from ..objectives import (
     whiten,
 )
 from ..ppo_arguments import PPOConfig
+from ..reporting import warn_if_alike
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets.base import Factor, Target
@@ -109,7 +110,7 @@ class PPOTrainer(PolicyGradientTrainer):
             disable_dropout(self.model)  # a critic's adapter may have some
         self.parameter_blocks.always |= critic_parameters(self.model).keys()
         if self.optimizer is not None:  # the user's
-            self._extend_optimizer(list(critic_parameters(self.model).values()))
+            add_critic(self.optimizer, self.model, args.critic_learning_rate, self.lr_scheduler is not None)
         self._tokens_per_sample, self._mean_square = 1.0, 1.0  # of the current rollouts' returns, over all processes
 
     def _check(self, target: Target, args: PPOConfig) -> None:
@@ -189,15 +190,8 @@ class PPOTrainer(PolicyGradientTrainer):
     def _report_rewards(self, scored_N: Scored) -> None:
         """Log what was earned, say when there is nothing to learn from, and move the KL coefficient."""
         scores_N = self.kl_coef * (scored_N.log_score - scored_N.reference_logp)
-        seen_N = scores_N[scores_N.isfinite()]  # -inf: a hard constraint failed
-        alike = len(seen_N) > 1 and float(seen_N.max() - seen_N.min()) <= 1e-9 * max(1.0, float(seen_N.abs().max()))
-        if self.reward is not None and len(seen_N) == len(scores_N) and alike:
-            warnings.warn(
-                f"all {len(scores_N)} completions of a set of rollouts got the same reward, {float(scores_N[0]):.4g}: there is "
-                "nothing to learn but the way back to the reference. Check the reward function on texts of your own, raise "
-                "num_generations, or start from a model that earns it sometimes.",
-                stacklevel=2,
-            )
+        if self.reward is not None:
+            warn_if_alike(scores_N)
         share_N = torch.softmax(
             scored_N.policy_logp - scored_N.sampler_logp, 0
         )  # equal where the policy itself sampled
@@ -234,7 +228,7 @@ class PPOTrainer(PolicyGradientTrainer):
 
         policy_B, value_B = per_sample(weight_BT * losses_BT), per_sample(weight_BT * errors_BT)
         scale = self._tokens_per_sample if args.loss_reduction == "sequence" else 1.0
-        limit_B = self._value_limit(value_B.detach(), per_sample(self._zero_loss(rollouts.returns_BT)))
+        limit_B = self._value_limit(value_B.detach(), per_sample(weight_BT * self._zero_loss(rollouts.returns_BT)))
         log_ratio_BT = (out.logps_BT - old_BT).detach()
         metrics = {
             "loss/policy_avg": policy_B,
@@ -293,25 +287,8 @@ class PPOTrainer(PolicyGradientTrainer):
         made, rate = self.optimizer is None, self.args.critic_learning_rate
         optimizer = super().create_optimizer(model)
         if made and rate is not None:
-            own = {id(parameter) for parameter in critic_parameters(self.model).values()}
-            for group in list(optimizer.param_groups):
-                critic = [parameter for parameter in group["params"] if id(parameter) in own]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                if critic:
-                    optimizer.add_param_group({**group, "params": critic, "lr": rate})
+            split_critic(optimizer, self.model, rate)
         return optimizer
-
-    def _extend_optimizer(self, parameters: list) -> None:
-        """Add the critic to a user's optimizer; with a scheduler, which counts the groups, to its first group."""
-        if self.lr_scheduler is None:
-            rate = self.args.critic_learning_rate
-            self.optimizer.add_param_group({"params": parameters} | ({} if rate is None else {"lr": rate}))
-        elif self.args.critic_learning_rate is None:
-            self.optimizer.param_groups[0]["params"].extend(parameters)
-        else:
-            raise ValueError(
-                "a scheduler of your own knows no group for the critic: drop critic_learning_rate, or give the optimizer alone."
-            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir

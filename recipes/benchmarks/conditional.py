@@ -5,7 +5,8 @@
 A language of 5 tokens and length 4 has 341 completions, so KL(p_c || pi_c) is exact. A completion must hold the first token
 of its prompt, as a summary must name what its text is about; eight prompts are picked whose Z_c lie evenly (in log) between
 the largest and a hundredth of it. Both sides train alike but for the partition (Korbak et al. 2021, arXiv 2112.00791, compare
-the same). The last line is JSON, also written to outputs/benchmarks/conditional.json.
+the same), each at its best learning rate of one grid, chosen on a seed that is not judged. The last line is JSON, also written
+to outputs/benchmarks/conditional.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from hf_gdc import GDCConfig, GDCTrainer, Pointwise, Reference, SmallGPTConfig, 
 from hf_gdc.partition import Partition
 
 WORDS, LENGTH, PROMPTS = "Eabcd", 4, 8
+CHOOSING_SEED = 1000
 
 
 class GlobalPartition(Partition):
@@ -105,14 +107,16 @@ def mean_kl(model, reference, prompts: list[str]) -> float:
     return total / len(prompts)
 
 
-def train(divergence: str, one_z: bool, prompts: list[str], seed: int, options: argparse.Namespace) -> float:
+def train(
+    divergence: str, one_z: bool, prompts: list[str], seed: int, learning_rate: float, options: argparse.Namespace
+) -> float:
     model, reference = make_model(), make_model()
     with tempfile.TemporaryDirectory() as folder:
         args = GDCConfig(
             output_dir=folder,
             divergence=divergence,
             max_steps=options.steps,
-            learning_rate=options.learning_rate,
+            learning_rate=learning_rate,
             lr_scheduler_type="linear",
             per_device_train_batch_size=PROMPTS * options.num_generations,
             num_generations=options.num_generations,
@@ -137,8 +141,9 @@ def train(divergence: str, one_z: bool, prompts: list[str], seed: int, options: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--divergences", nargs="+", default=["kl", "js"])
     parser.add_argument("--num_generations", type=int, default=32)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -146,14 +151,21 @@ def main() -> None:
     print("Z of the prompts: " + ", ".join(f"{value:.4f}" for value in z), flush=True)
     assert max(z) / min(z) >= 90, "the prompts don't span two decades"
     result = {"prompts": prompts, "z": z, "before": mean_kl(make_model(), make_model(), prompts), **vars(options)}
-    for divergence in ("kl", "js"):
-        runs = {"per_prompt": [], "global": []}
+    for divergence in options.divergences:
+        runs, rates = {"per_prompt": [], "global": []}, {}
+        for side in runs:
+            tried = {rate: math.inf for rate in options.learning_rates}
+            for rate in tried if len(tried) > 1 else ():
+                tried[rate] = train(divergence, side == "global", prompts, CHOOSING_SEED, rate, options)
+            rates[side] = min(tried, key=tried.get)
+            print(f"{divergence} {side}, learning rates: {tried}", flush=True)
         for seed in range(options.seeds):
             for side, values in runs.items():  # in turn, the same seed for both
-                values.append(train(divergence, side == "global", prompts, seed, options))
+                values.append(train(divergence, side == "global", prompts, seed, rates[side], options))
                 print(f"{divergence} seed {seed} {side}: {values[-1]:.4f}", flush=True)
         means = {side: statistics.fmean(values) for side, values in runs.items()}
-        result[divergence] = runs | {"means": means, "ratio": means["per_prompt"] / means["global"]}
+        ratio = means["per_prompt"] / means["global"]
+        result[divergence] = runs | {"learning_rates": rates, "means": means, "ratio": ratio}
     folder = Path("outputs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "conditional.json").write_text(json.dumps(result) + "\n")

@@ -25,7 +25,7 @@ from hf_gdc.evaluation import Scored, pooled_metrics
 from hf_gdc.rollouts import Rollouts
 from hf_gdc.sampling import TransformersSampler, evaluating
 from hf_gdc.scoring import Scorer
-from hf_gdc.targets.base import Context
+from hf_gdc.targets.base import Context, Target
 
 BASE = "outputs/benchmarks/base/pretrain/model"
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,26 +59,42 @@ class Judge:
     Args:
         base, tokenizer: the model that the target is built on.
         max_length: most tokens of a completion.
-        pool: samples of the base. samples: fresh ones of the model, for each judgement. batch: so many at once.
+        pool: samples of the base, or how many to draw. samples: fresh ones of the model, for each judgement. batch: so many
+            at once.
+        target: p; default the quickstart's.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer, max_length: int, pool: int, samples: int, batch: int = 1024):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer,
+        max_length: int,
+        pool: int | Rollouts,
+        samples: int,
+        batch: int = 1024,
+        target: Target | None = None,
+    ):
         self.base, self.samples, self.batch = base, samples, batch
         self.sampler = TransformersSampler(tokenizer, max_length)
-        self.target = make_target()
+        self.target = make_target() if target is None else target
         self.target.bind(Context(self._reference_logp, lambda prompts: self._draw(base, len(prompts), POOL_SEED)))
-        self.pool = self._draw(base, pool, POOL_SEED)
+        self.pool = self._draw(base, pool, POOL_SEED) if isinstance(pool, int) else pool
         self.pool.scores["reference_logp"] = self.pool.policy_logp_B
         self.target.fit(self.pool)
-        self.lam = self.target.moments[0].lam
+        self.lam = self.target.moments[0].lam if self.target.moments else None
         self.pool_score = self.target.log_score(self.pool)
         self.alive = (self.pool_score > -math.inf).nonzero().flatten()
         self.accepted = self.pool.select(self.alive)
         log_w = (self.pool_score - self.pool.policy_logp_B)[self.alive]
-        self._share, self.log_z = torch.softmax(log_w, 0), float(log_w.logsumexp(0)) - math.log(pool)
+        self._share, self.log_z = torch.softmax(log_w, 0), float(log_w.logsumexp(0)) - math.log(len(self.pool))
 
     def kl(self, model: PreTrainedModel, salt: int) -> tuple[float, float]:
         """KL(p || model) in nats and its standard error; leaves the random numbers of training alone."""
+        metrics, _ = self.measure(model, salt)
+        return metrics["kl_target_policy"], metrics["kl_target_policy_stderr"]
+
+    def measure(self, model: PreTrainedModel, salt: int) -> tuple[dict[str, float], Rollouts]:
+        """Every divergence between model and p, KL(model || base), and the model's samples that they are estimated from."""
         policy = self._draw(model, self.samples, 7919 * (salt + 1))
         policy_logp = torch.zeros(len(self.pool), dtype=torch.float64)
         policy_logp[self.alive] = self._score(model, self.accepted)
@@ -96,8 +112,8 @@ class Judge:
             sampler_logp=self.pool.sampler_logp_B,
             prompt_key=self.pool.prompt_key_B,
         )
-        metrics = pooled_metrics(mine, pool)
-        return metrics["kl_target_policy"], metrics["kl_target_policy_stderr"]
+        distance = float((mine.policy_logp - mine.reference_logp).mean())
+        return pooled_metrics(mine, pool) | {"kl_policy_reference": distance}, policy
 
     def rough_kl(self, model: PreTrainedModel) -> float:
         """The same from the pool alone: quick, and good enough far away from p."""

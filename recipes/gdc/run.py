@@ -21,52 +21,37 @@ from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from hf_gdc import GDCConfig, GDCTrainer
-from hf_gdc.cli import TargetArguments, build_target, parse_options, resume_option
-from hf_gdc.data import load_prompts
-from hf_gdc.hub import write_model_card
+from hf_gdc.cli import (
+    PromptArguments,
+    TargetArguments,
+    build_target,
+    name_model,
+    parse_options,
+    resume_option,
+    save_run,
+)
 from hf_gdc.loading import adapter_config
-from hf_gdc.trl_compat import ModelConfig, get_quantization_config
+from hf_gdc.trl_compat import ModelConfig
+
+COMMAND = "accelerate launch recipes/gdc/run.py --config recipes/gdc/config.yaml"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(PromptArguments):
     """The prompts, and what is saved; the model and its adapter are TRL's ModelConfig."""
 
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Prompts: a .jsonl file or a Hub dataset with a column `prompt`. Default: the empty prompt."},
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the prompts as a stream."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     merge_adapter: bool = field(
         default=False, metadata={"help": "Save the model with the adapter merged into it too, in OUTPUT_DIR/merged."}
     )
 
 
-def loading_options(run: RunArguments, model: ModelConfig) -> dict:
-    """Arguments of `from_pretrained`."""
-    options = {"dtype": model.dtype, "revision": model.model_revision, "trust_remote_code": run.trust_remote_code}
-    options |= {
-        "attn_implementation": model.attn_implementation,
-        "quantization_config": get_quantization_config(model),
-    }
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def main(argv: list[str] | None = None) -> None:
     run, model, factors, args = parse_options(RunArguments, ModelConfig, TargetArguments, GDCConfig, argv=argv)
-    if model.model_name_or_path is None:
-        raise ValueError("which model? --model_name_or_path takes a path or an id of the Hub.")
-    args.model_init_kwargs = {**loading_options(run, model), **(args.model_init_kwargs or {})}
+    name = name_model(model, run.trust_remote_code, args)
     trainer = GDCTrainer(
-        model.model_name_or_path,
-        build_target(factors),
-        args=args,
-        train_dataset=None if run.data is None else load_prompts(run.data, streaming=run.streaming),
-        peft_config=adapter_config(model),
+        name, build_target(factors), args=args, train_dataset=run.dataset(), peft_config=adapter_config(model)
     )
-    adapted = isinstance(trainer.model, PeftModel)
-    if run.merge_adapter and not adapted:
+    if run.merge_adapter and not isinstance(trainer.model, PeftModel):
         raise ValueError("--merge_adapter merges an adapter, and there is none: add --use_peft.")
     trainer.train(resume_from_checkpoint=resume_option(args))
     metrics = trainer.evaluate()
@@ -79,21 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         folders.append(folder.with_name("merged"))
         merge(folder, folders[-1], args.model_init_kwargs)
         trainer.processing_class.save_pretrained(folders[-1])
-    shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
-    for place in folders:
-        trainer.target.save_pretrained(place)
-        write_model_card(
-            place,
-            title=f"{Path(model.model_name_or_path).name}, aimed at a target",
-            formula=trainer.target.formula(),
-            command="accelerate launch recipes/gdc/run.py --config recipes/gdc/config.yaml",
-            results=shown,
-            data=run.data or "the empty prompt",
-            base_model=model.model_name_or_path,
-        )
-    for name, value in shown.items():
-        print(f"{name:40} {value:.4g}")
-    print(f"saved {' and '.join(str(place) for place in folders)}")
+    title, data = f"{Path(name).name}, aimed at a target", run.data or "the empty prompt"
+    save_run(trainer, metrics, folders, title, COMMAND, data, base_model=name)
 
 
 def merge(adapter: Path, folder: Path, options: dict) -> None:

@@ -215,7 +215,7 @@ def plot(found: dict, path: Path) -> None:
             (x, dx), (y, dy) = row["kl_policy_target"], row["sequence_entropy"]
             bottom.errorbar(x, y, dy, dx, fmt="o", color=f"C{n}", label=name)
         top.set(title=target, yscale="log", xticks=range(len(JUDGES)), xticklabels=labels)
-        bottom.set(xlabel="KL(π||p), nats (alignment: left is better)", xscale="log")
+        bottom.set(xlabel="KL(π||p), nats (alignment: left is better)")
     axes[0, 0].set_ylabel("divergence after training")
     axes[1, 0].set_ylabel("entropy of a story, nats (diversity)")
     axes[0, -1].legend()
