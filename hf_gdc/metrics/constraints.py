@@ -27,8 +27,8 @@ class _Texts:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def completion_ids(self) -> list | None:
-        return self.ids
+    def feature_arguments(self) -> dict:
+        return {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.ids}
 
 
 def constraint_rates(

@@ -1,0 +1,99 @@
+"""The recipe for images as users run it, made small: what it writes, what its model does elsewhere, and the two ways to threes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "images"
+SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--sample_steps", "4", "--logging_steps", "20"]
+
+LOAD = """
+import sys, torch
+try:
+    import hf_gdc
+except ImportError:
+    pass
+else:
+    sys.exit("hf_gdc can be imported here")
+from transformers import AutoModel
+generator = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+images = generator.sample(8, generator=torch.Generator().manual_seed(0))
+assert images.shape == (8, 1, 8, 8) and images.std() > 0.01
+print(type(generator).__module__)
+"""
+
+
+def recipe(script: str, *options: str) -> subprocess.CompletedProcess:
+    config = {"run.py": "config.yaml", "control.py": "control.yaml"}[script]
+    command = [sys.executable, str(RECIPES / script), "--config", str(RECIPES / config), *options, *SMALL]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=400
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("images") / "out"
+    options = ["--output_dir", str(output), "--max_steps", "60", "--classifier_epochs", "8"]
+    done = recipe("run.py", *options, "--class_condition", "false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output, done.stdout
+
+
+def test_it_writes_what_the_page_promises(run):
+    output, printed = run
+    report = json.loads((output / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    generated, floor, itself = report["metrics"].values()
+    assert report["images"] == 898  # the test half
+    assert itself["fid"] == pytest.approx(0.0, abs=1e-3) and itself["precision"] == 1.0
+    assert 0 < floor["fid"] < generated["fid"]  # sixty steps make no digits
+    assert generated["fid_over_floor"] == pytest.approx(generated["fid"] / floor["fid"])
+    assert sum(report["class_shares"]["test"]) == pytest.approx(1.0)
+    assert report["classifier"] in printed and "inception_score" in printed
+    for name in ("samples.png", "model/samples.png", "training/samples/step-000004.png"):
+        assert Image.open(output / name).size[0] > 200
+    card = (output / "model" / "README.md").read_text()
+    assert "P(x) = q(x)" in card and report["classifier"] in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "unconditional-image-generation"
+    assert (output / "classifier" / "model.safetensors").is_file()
+
+
+def test_the_generator_samples_without_the_library(run, tmp_path):
+    output, _ = run
+    (tmp_path / "hf_gdc.py").write_text("raise ImportError('not here')")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", LOAD, str(output / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("transformers_modules")
+
+
+def test_filtered_and_trained_towards_threes(run, tmp_path):
+    """The filter meets the share whatever the generator; four steps of training only have to run and be reported."""
+    output, _ = run
+    shares = json.loads((output / "report.json").read_text())["class_shares"]["generated"]
+    label = min(range(10), key=lambda n: abs(shares[n] - 0.2))  # not one that this generator hardly makes
+    options = ["--run", str(output), "--output_dir", str(tmp_path / "some"), "--max_steps", "4", "--measured", "2000"]
+    done = recipe("control.py", *options, "--label", str(label), "--share", "0.5", "--tv", "0.1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "some" / "report.json").read_text())
+    spread = 4 * (0.25 / 2000) ** 0.5
+    assert abs(report["filtered"]["share"] - 0.5) < 0.1 + spread and report["filtered"]["tv_upper"] <= 0.1
+    assert {"before", "filtered", "trained"} <= set(report)
+    torch.testing.assert_close(torch.tensor(sum(report["trained"]["shares"])), torch.tensor(1.0))
+
+
+def test_a_second_run_and_a_wrong_option_are_refused(run):
+    output, _ = run
+    again = recipe("run.py", "--output_dir", str(output))
+    assert again.returncode != 0 and "is not empty" in again.stderr and "--overwrite" in again.stderr
+    wrong = recipe("run.py", "--output_dir", str(output), "--divergense", "js")
+    assert wrong.returncode != 0 and "Did you mean `divergence`?" in wrong.stderr
