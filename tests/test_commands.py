@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from hf_gdc import SmallGPTForCausalLM, commands, stories
 from hf_gdc.data import word_tokenizer
+from hf_gdc.hub import write_model_card
 from hf_gdc.text_scores import text_scores
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +158,13 @@ def test_text_scores_are_those_of_each_text_alone(model_folder):
     assert found["nats_per_token_stderr"] == pytest.approx(jackknife, rel=0.2)
     with pytest.raises(ValueError, match="at least two"):
         text_scores(model, tokenizer, Dataset.from_dict({"text": texts[:1]}), max_length=200)
+
+
+def test_report_shows_the_card(tmp_path, capsys):
+    write_model_card(tmp_path, "Dragons", "P(x) = a(x) * [dragon]", "make", {"kl": 0.5, "kl_stderr": 0.1}, "stories")
+    assert commands.main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "P(x) = a(x) * [dragon]" in shown and "0.304 to 0.696" in shown
 
 
 # --- the wheel

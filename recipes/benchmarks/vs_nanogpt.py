@@ -1,0 +1,206 @@
+"""Training on tinyshakespeare's characters: hf_gdc's pretraining against nanoGPT's setting for a CPU.
+
+    OMP_NUM_THREADS=2 python recipes/benchmarks/vs_nanogpt.py --nanogpt PATH --data tinyshakespeare.txt
+
+PATH is a checkout of https://github.com/karpathy/nanoGPT; its model and its optimizer are imported from there and trained
+as its README's command for a CPU does: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 steps, AdamW, 100 steps of
+warm-up, cosine decay to a tenth. hf_gdc trains through its own `PretrainingTrainer`, everything included. Both sides see the
+same characters and are judged on the same full validation split: the last tenth, in blocks of 64, each predicted once.
+
+Three questions: tokens per second with AdamW on both sides, in turn; seconds until our recipe is as good as nanoGPT at its end;
+and our loss at nanoGPT's budget of tokens. Seconds are of training alone, not of judging. The last line is JSON.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_gdc import SmallGPTConfig, SmallGPTForCausalLM
+from hf_gdc.trainers.pretraining import PretrainConfig, PretrainingTrainer
+
+BLOCK, WIDTH, LAYERS, HEADS = 64, 128, 4, 4
+STEPS, BATCH, WARMUP = 2000, 12, 100  # nanoGPT's
+
+
+class Blocks(torch.utils.data.Dataset):
+    """The text in blocks of BLOCK + 1 characters, the last also the next one's first: each but the first is predicted once."""
+
+    def __init__(self, ids: Tensor):
+        self.rows = ids.unfold(0, BLOCK + 1, BLOCK)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+def read(path: str) -> tuple[Tensor, Tensor, int]:
+    """-> (training ids, validation ids, number of characters)."""
+    text = Path(path).read_text()
+    index = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([index[character] for character in text])
+    cut = int(0.9 * len(ids))
+    return ids[:cut], ids[cut:], len(index)
+
+
+@torch.no_grad()
+def validation_loss(logits_of, ids: Tensor) -> float:
+    """Mean nats per character over the whole split; `logits_of` maps (B, BLOCK) ids to (B, BLOCK, V)."""
+    rows = Blocks(ids).rows
+    total = 0.0
+    for part in rows.split(128):
+        logits_BTV = logits_of(part[:, :-1])
+        total += float(nn.functional.cross_entropy(logits_BTV.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return total / (len(rows) * BLOCK)
+
+
+# ---- nanoGPT ----
+
+
+def nanogpt(path: str, vocab: int):
+    """-> (its model, its optimizer), from the checkout."""
+    if not (Path(path) / "model.py").is_file():
+        raise SystemExit(f"{path} is no checkout of nanoGPT: it has no model.py.")
+    sys.path.insert(0, path)
+    module = importlib.import_module("model")
+    config = module.GPTConfig(
+        block_size=BLOCK, vocab_size=vocab, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, dropout=0.0, bias=False
+    )
+    model = module.GPT(config)
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.99), device_type="cpu")
+    return model, optimizer
+
+
+def train_nanogpt(model, optimizer, ids: Tensor, steps: int) -> float:
+    """-> seconds."""
+    start = time.perf_counter()
+    for step in range(steps):
+        share = (step - WARMUP) / (STEPS - WARMUP)
+        rate = (step + 1) / (WARMUP + 1) if step < WARMUP else 0.55 + 0.45 * math.cos(math.pi * share)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * rate
+        at_B = torch.randint(len(ids) - BLOCK, (BATCH,))
+        x_BT = torch.stack([ids[i : i + BLOCK] for i in at_B])
+        y_BT = torch.stack([ids[i + 1 : i + BLOCK + 1] for i in at_B])
+        _, loss = model(x_BT, y_BT)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+# ---- hf_gdc ----
+
+
+class Clock(TrainerCallback):
+    """Seconds from the first step to the end of the last."""
+
+    def on_train_begin(self, *_, **__):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.seconds = time.perf_counter() - self.start
+
+
+def small_gpt(vocab: int) -> SmallGPTForCausalLM:
+    """With SwiGLU 344 wide it has as many parameters as nanoGPT's, whose MLP has two matrices of 512."""
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 344}
+    return SmallGPTForCausalLM(SmallGPTConfig(vocab_size=vocab, max_position_embeddings=BLOCK + 1, **shape))
+
+
+def collate(rows: list[dict]) -> dict[str, Tensor]:
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **more) -> float:
+    """-> seconds."""
+    clock = Clock()
+    args = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10**9}
+    args |= {"output_dir": f"{options.output}/vs_nanogpt", "overwrite": True, "max_steps": steps, "seed": options.seed}
+    config = PretrainConfig(**(args | {"per_device_train_batch_size": BATCH} | more))
+    trainer = PretrainingTrainer(
+        model=model, args=config, train_dataset=Blocks(ids), data_collator=collate, callbacks=[clock], whole_texts=False
+    )
+    trainer.train()
+    return clock.seconds
+
+
+# ---- the comparison ----
+
+
+def speeds(options: argparse.Namespace, train: Tensor, vocab: int) -> dict[str, float]:
+    """Tokens per second with AdamW on both sides: medians of alternated runs."""
+    theirs, ours, tokens = [], [], options.speed_steps * BATCH * BLOCK
+    adamw = {"muon": False, "learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.99}
+    for run in range(options.runs + 1):  # the first one warms up
+        pair = (
+            tokens / train_nanogpt(*nanogpt(options.nanogpt, vocab), train, options.speed_steps),
+            tokens / train_hf_gdc(small_gpt(vocab), train, options.speed_steps, options, **adamw),
+        )
+        if run:
+            theirs.append(pair[0])
+            ours.append(pair[1])
+    return {
+        "nanogpt_tokens_per_second": statistics.median(theirs),
+        "hf_gdc_tokens_per_second": statistics.median(ours),
+        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--data", required=True, help="tinyshakespeare.txt")
+    parser.add_argument("--runs", type=int, default=5, help="alternated runs for the speed")
+    parser.add_argument("--speed_steps", type=int, default=200, help="steps of each of them")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of nanoGPT, and of ours at its budget")
+    parser.add_argument(
+        "--short_steps", type=int, default=500, help="steps of our run that has to be as good as nanoGPT's"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1.5e-2, help="of our recipe, with Muon and linear decay")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="outputs/benchmarks", help="folder of the JSON file")
+    options = parser.parse_args()
+    train, validation, vocab = read(options.data)
+
+    torch.manual_seed(options.seed)
+    model, optimizer = nanogpt(options.nanogpt, vocab)
+    result = {"nanogpt_parameters": model.get_num_params(), "threads": torch.get_num_threads(), "seed": options.seed}
+    result["nanogpt_seconds"] = train_nanogpt(model, optimizer, train, options.steps)
+    model.eval()
+    result["nanogpt_loss"] = validation_loss(lambda x: model(x, x)[0], validation)  # with targets it gives all logits
+    recipe = {"learning_rate": options.learning_rate, "lr_scheduler_type": "linear", "warmup_steps": 0.05}
+    for name, steps in (("short", options.short_steps), ("budget", options.steps)):
+        torch.manual_seed(options.seed)
+        ours = small_gpt(vocab)
+        result["hf_gdc_parameters"] = ours.num_parameters()
+        result[f"hf_gdc_{name}_tokens"] = steps * BATCH * BLOCK
+        result[f"hf_gdc_{name}_seconds"] = train_hf_gdc(ours, train, steps, options, **recipe)
+        ours.eval()
+        result[f"hf_gdc_{name}_loss"] = validation_loss(lambda x, lm=ours: lm(x, use_cache=False).logits, validation)
+    result["as_good_in_share_of_its_seconds"] = (
+        result["hf_gdc_short_seconds"] / result["nanogpt_seconds"]
+        if result["hf_gdc_short_loss"] <= result["nanogpt_loss"]
+        else None
+    )
+    result |= speeds(options, train, vocab)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vs_nanogpt.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
