@@ -100,7 +100,7 @@ class Actors:
 
     def policy_logps(self, rollouts: Rollouts) -> Tensor:
         """(B, T) log pi of each token under the policy as it is now, on the accelerator's device."""
-        with self._policy_active():
+        with self.policy_active():
             return outputs_in_parts(self.scorer, rollouts, self.batch_size, self.accelerator.device).logps_BT
 
     def score_tokens(self, rollouts: Rollouts, values: bool = False) -> PolicyOutput:
