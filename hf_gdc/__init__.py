@@ -14,7 +14,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "divergences": ["Divergence", "available_divergences", "get_divergence"],
     "metrics": ["load_metric"],
+    "image_arguments": ["ImageGANConfig"],
+    "image_data": ["ImageDataset", "load_images"],
+    "image_sampling": ["ImageRejectionSampler"],
     "models": [
+        "DCGANConfig",
+        "DCGANDiscriminator",
+        "DCGANGenerator",
         "SmallGPTConfig",
         "SmallGPTForCausalLM",
         "SmallGPTForMaskedLM",
@@ -29,6 +35,7 @@ _PUBLIC = {
     "trainers.distillation": ["DistillationConfig", "DistillationTrainer"],
     "trainers.gan": ["GANConfig", "GANTrainer"],
     "trainers.gdc": ["GDCConfig", "GDCTrainer"],
+    "trainers.image_gan": ["ImageGANTrainer"],
     "trainers.ppo": ["PPOConfig", "PPOTrainer"],
     "trainers.unified": ["UnifiedConfig", "UnifiedTrainer"],
 }

@@ -1,6 +1,6 @@
 """What recipes share: options from a YAML file and the command line, which overrides it; targets as text; saving a run.
 
-Left out: the `hf-gdc` command.
+Left out: the `hf-gdc` command (`commands`).
 """
 
 import os
@@ -267,7 +267,8 @@ def save_run(
     shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
     for folder in folders:
         trainer.target.save_pretrained(folder)
-        write_model_card(folder, title, trainer.target.formula(), command, shown, data, base_model)
+        formula, f = trainer.target.formula(), trainer.args.divergence
+        write_model_card(folder, title, formula, command, shown, data, base_model, divergence=f)
     for name, value in shown.items():
         print(f"{name:40} {value:.4g}")
     print(f"saved {' and '.join(str(folder) for folder in folders)}")

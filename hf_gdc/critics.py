@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import adapter_active, add_adapter
+from .hub import local_folder
 from .scoring import causal_lm, same_trainable
 
 KINDS = ("shared", "adapter", "separate")
@@ -162,9 +163,13 @@ def save_critic(model: nn.Module, folder: str, state_dict: dict[str, Tensor] | N
 def load_critic(model: nn.Module, folder: str) -> None:
     """Load what `save_critic` wrote, with the adapter if the model has one for its critic.
 
+    Args:
+        folder: where, or an id of the Hub.
+
     Raises:
         ValueError: there is no critic, or it is of another kind or size.
     """
+    folder = local_folder(folder, [f"*{FILE}", f"{ADAPTER}/*"])
     places = [place for place in (Path(folder, ADAPTER), Path(folder)) if (place / FILE).is_file()]
     if not places:
         raise ValueError(f"there is no critic in {str(folder)!r}: neither {FILE} nor {ADAPTER}/{FILE} is there.")

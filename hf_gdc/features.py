@@ -10,6 +10,7 @@ a factor it may be spelt as text:
     classifier:path/to/model=positive>0.5   whether that is above a threshold (`scorers`)
     reward_model:org/model                  a Hub reward model's number for prompt and completion (`reward_models`)
     similarity:org/encoder=texts.txt        cosine to the nearest text of a file, by any encoder (`scorers`)
+    image_class:path/to/classifier=3        of images: the probability of a class; also brightness (`image_features`)
     my_features.py:is_happy                 a function in a file
     my_package.rewards:f                    a function in an importable module
 
@@ -30,17 +31,20 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .ready_features import contains, count, cut, length, max_words, regex, starts_with, text_of
+from .image_features import brightness, column, image_class
+from .ready_features import contains, count, cut, length, max_words, regex, starts_with
 from .reward_models import reward_model
 from .rollouts import Rollouts
 from .scorers import spelt_classifier, spelt_similarity, vader
 
-_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader)
+_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader, brightness, image_class, column)
+ALONE = ("length", "brightness")  # need no argument
 READY: dict[str, Callable] = {f.__name__: f for f in _HERE}
 READY |= {"classifier": spelt_classifier, "reward_model": reward_model, "similarity": spelt_similarity}
 # of arguments, for messages
 EXAMPLES = {"max_words": "20", "cut": "0", "vader": "compound", "classifier": "org/model=positive"}
 EXAMPLES |= {"reward_model": "org/model", "similarity": "org/encoder=texts.txt"}
+EXAMPLES |= {"image_class": "path/to/classifier=3", "column": "label=3"}
 
 
 def map_file(spec: str, change: Callable[[Path], str]) -> str:
@@ -114,33 +118,30 @@ class Feature:
         return values
 
     def _values(self, rollouts: Rollouts) -> Tensor:
-        arguments = {
-            **rollouts.columns,
-            **self.extras,
-            "prompts": rollouts.prompts,
-            "completions": rollouts.completions,
-            "completion_ids": rollouts.completion_ids(),
-        }
+        arguments = {**rollouts.columns, **self.extras, **rollouts.feature_arguments()}
         if self._accepted is not None:
             arguments = {key: value for key, value in arguments.items() if key in self._accepted}
         values = self.function(**arguments)
         if inspect.isawaitable(values):
             values = _result_of(values)
-        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        values = values if isinstance(values, Tensor) else list(values)
         if len(values) != len(rollouts):
             raise ValueError(
-                f"feature {self.name!r} returned {len(values)} values for {len(rollouts)} completions; "
+                f"feature {self.name!r} returned {len(values)} values for {len(rollouts)} samples; "
                 "return exactly one number for each."
             )
-        missing = torch.tensor([value is None for value in values], dtype=torch.bool)
-        numbers = [float("nan") if value is None else float(value) for value in values]
-        result = torch.tensor(numbers, dtype=torch.float64)
+        if isinstance(values, Tensor) and rollouts.differentiable:
+            result, missing = values.reshape(len(rollouts)).cpu().double(), torch.zeros(len(rollouts), dtype=torch.bool)
+        else:
+            values = values.tolist() if isinstance(values, Tensor) else values
+            missing = torch.tensor([value is None for value in values], dtype=torch.bool)
+            numbers = [float("nan") if value is None else float(value) for value in values]
+            result = torch.tensor(numbers, dtype=torch.float64)
         bad = ~torch.isfinite(result) & ~missing
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"feature {self.name!r} returned {values[row]} for sample {row}: "
-                f"{text_of(rollouts.completions[row])[:80]!r}. Return a finite number."
+                f"feature {self.name!r} returned {float(values[row])} for {rollouts.describe(row)}. Return a finite number."
             )
         return result
 
@@ -187,7 +188,7 @@ def _importable_spec(function: Callable) -> str | None:
 def _load(spec: str) -> Callable:
     source, _, argument = spec.partition(":")
     if source in READY:
-        if not argument and source != "length":
+        if not argument and source not in ALONE:
             raise ValueError(f"feature {spec!r} needs an argument, such as {source}:{EXAMPLES.get(source, 'dragon')}.")
         return READY[source](argument) if argument else READY[source]()
     path, colon, name = spec.rpartition(":")

@@ -4,6 +4,8 @@ Left out: models, sampling, targets and everything with state. Shapes: B samples
 True on a completion's real tokens, which come first.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -147,3 +149,23 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, samples: int, h
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * min(samples / horizon, 1.0))
+
+
+# ---- images: through the sample ----
+
+
+def pathwise(log_t_B: Tensor, f_prime: Callable[[Tensor], Tensor]) -> Tensor:
+    """Per-sample loss whose gradient is that of D_f(pi || p), for samples x = G(z) that are differentiable in the generator:
+
+        grad D_f(pi || p) = E_z[grad f'(t(G(z)))],     t = pi/p as a fixed function of x
+
+    since sum_x f'(t) grad pi(x) is the gradient of E_pi of a fixed function. With log t = -l, l the discriminator's logit,
+    JS gives the minimax loss of a GAN, f' = log(1 + t) the non-saturating one and reverse KL gives -l (Nowozin et al. 2016,
+    arXiv 1606.00709).
+
+    Args:
+        log_t_B: log pi(x)/p(x) of generated samples, with the gradient through x alone: nothing that estimates t may be
+            trained by this loss.
+        f_prime: of log t, as a `Divergence` has it. TV's has no gradient: sign(t - 1)/2 is flat.
+    """
+    return f_prime(log_t_B)

@@ -59,9 +59,18 @@ class Rollouts:
     texts: list[str] = field(default_factory=list)
     columns: dict[str, list] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    differentiable = False  # tokens are not; images are (`image_batches`)
 
     def __len__(self) -> int:
         return len(self.completion_ids_BT)
+
+    def feature_arguments(self) -> dict:
+        """What features are called with beside the columns."""
+        return {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.completion_ids()}
+
+    def describe(self, row: int) -> str:
+        """A sample in a message."""
+        return f"sample {row}: {self.texts[row][:80]!r}"
 
     @property
     def completions(self) -> list:

@@ -9,7 +9,8 @@ from builders import rollouts_by_hand
 from trl import rewards
 from trl.import_utils import is_math_verify_available
 
-from hf_gdc.features import READY, Feature, text_of
+from hf_gdc.features import READY, Feature
+from hf_gdc.ready_features import text_of
 
 
 def values(source, *texts, **columns):
@@ -236,7 +237,7 @@ def test_async_features_inside_a_running_event_loop():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([1.0], r"feature 'bad' returned 1 values for 2 completions"),
+        ([1.0], r"feature 'bad' returned 1 values for 2 samples"),
         ([1.0, 2.0, 3.0], r"returned 3 values for 2"),
         ([1.0, float("nan")], r"returned nan for sample 1: 'two'\. Return a finite number"),
         ([float("inf"), 1.0], r"returned inf for sample 0: 'one'"),

@@ -350,7 +350,7 @@ def test_rewards_that_are_all_equal_are_a_warning(tmp_path):
     ("values", "message"),
     [
         (lambda n: [float("nan")] * n, "feature 'bad' returned nan for sample 0"),
-        (lambda n: [1.0] * (n - 1), "feature 'bad' returned 31 values for 32 completions"),
+        (lambda n: [1.0] * (n - 1), "feature 'bad' returned 31 values for 32 samples"),
         (lambda n: [float("inf")] * n, "feature 'bad' returned inf for sample 0"),
     ],
 )

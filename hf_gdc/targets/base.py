@@ -9,8 +9,6 @@ Left out: the factors themselves, each in a file of its own, and the partition Z
 N gathered ones, K moments.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..divergences import get_divergence
-from ..features import Feature, map_file
+from ..features import Feature
 from ..moment_window import MomentWindow
 from ..partition import DivergenceEstimator
 from ..rollouts import Rollouts
+from ..target_files import read_target, write_target
 
 BEFORE_JOINING = "log q before others joined"  # an entry of scores, where sampler_logp_B is the density of a mixture
-MODEL = "factor_{number}"  # the folder of a factor's model, beside target.json
 
 
 @dataclass
@@ -204,8 +202,8 @@ class Target(Factor):
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise ValueError(
-                    f"the target can't be normalised: the log of {factor.formula()} is {float(score[row])} for sample {row}, "
-                    f"{rollouts.texts[row][:80]!r}. Bound the reward or raise its beta; of a model, check that its "
+                    f"the target can't be normalised: the log of {factor.formula()} is {float(score[row])} for "
+                    f"{rollouts.describe(row)}. Bound the reward or raise its beta; of a model, check that its "
                     "weights and log-probs are finite."
                 )
             total = total + score
@@ -300,55 +298,24 @@ class Target(Factor):
             ValueError: a feature is a lambda or lives in a script: give it as "file.py:function"; or two files with
                 features have one name.
         """
-        folder, rows, files = Path(path), [], {}
-
-        def saved(file: Path) -> str:
-            if files.setdefault(file.name, file).resolve() != file.resolve():
-                raise ValueError(f"{files[file.name]} and {file} would be saved under one name: rename one of them.")
-            return file.name
-
-        for factor, weight in self.terms:
-            kind, arguments, state = type(factor).__name__, _map_files(factor.to_dict(), saved), factor.state_dict()
-            rows.append({"type": kind, "power": weight, "arguments": arguments, "state": state})
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, file in files.items():
-            if file.resolve() != (folder / name).resolve():
-                shutil.copy(file, folder / name)
-        for number, (factor, _) in enumerate(self.terms):
-            if factor.save_model(folder / MODEL.format(number=number)):
-                rows[number]["model"] = MODEL.format(number=number)
-        text = json.dumps({"format": 1, "formula": self.formula(), "ess": self.ess, "factors": rows}, indent=2)
-        (folder / "target.json").write_text(text + "\n")
+        write_target(self.terms, self.formula(), self.ess, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path: "str | Path") -> "Target":
+    def from_pretrained(
+        cls, path: "str | Path", revision: str | None = None, trust_remote_code: bool = False
+    ) -> "Target":
         """The target that `save_pretrained` wrote, lambdas included.
+
+        Args:
+            path: a folder or an id of the Hub.
+            revision: branch, tag or commit on the Hub.
+            trust_remote_code: from the Hub, fetch the Python files of its features too, which then run here.
 
         Raises:
             ValueError: no target there, or one with a factor that this version doesn't know.
         """
-        file = Path(path) / "target.json"
-        if not file.is_file():
-            raise ValueError(f"there is no target in {str(path)!r}: {file.name} is missing.")
-        content = json.loads(file.read_text())
         kinds = {kind.__name__: kind for kind in Factor.__subclasses__()}
-        terms = []
-        for row in content["factors"]:
-            if row["type"] not in kinds:
-                raise ValueError(f"{file} has a factor {row['type']!r}; this version knows {', '.join(sorted(kinds))}.")
-            arguments = _map_files(row["arguments"], lambda source: str(file.parent / source))
-            factor = kinds[row["type"]].from_dict(arguments, file.parent / row.get("model", ""))
-            factor.load_state_dict(row["state"])
-            terms.append((factor, row["power"]))
+        terms, ess = read_target(path, kinds, revision, trust_remote_code)
         target = cls(terms)
-        target._window.ess = content["ess"]
+        target._window.ess = ess
         return target
-
-
-def _map_files(arguments: dict, change: Callable[[Path], str]) -> dict:
-    """The arguments with the files that features are spelt with replaced."""
-    spelt = {
-        "feature": lambda spec: map_file(spec, change),
-        "reward_funcs": lambda specs: [map_file(spec, change) for spec in specs],
-    }
-    return {key: spelt[key](value) if key in spelt else value for key, value in arguments.items()}

@@ -4,7 +4,7 @@
 
 The reward counts a word; with a KL penalty of beta its optimum is p = a exp(r / beta) / Z, about 1 nat from the base a. Every
 method draws STEPS sets of SAMPLES stories and nothing more (log Z, where a method needs it, comes from those), with Adam, 5
-steps of warm-up and linear decay; at its best learning rate of RATES, chosen by KL(pi || p), what RLHF minimises, on a seed
+steps of warm-up and linear decay; at its best learning rate of --rates, chosen by KL(pi || p), what RLHF minimises, on a seed
 that is not judged. With --trl, a folder that has TRL 1.12, its PPO joins. recipes/trl/README.md says what each minimises.
 
 The judge draws --pool samples of the base, which tell log Z, and fresh ones of each model; both KLs come from the two pools
@@ -234,6 +234,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/rlhf_methods"))
     parser.add_argument("--trl", help="folder that has TRL 1.12, for its PPO")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="a part of them")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid of learning rates")
     parser.add_argument("--pool", type=int, default=51_200, help="the judge's samples of the base")
     parser.add_argument("--judge_samples", type=int, default=4096, help="of each model")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time; more than 1 share memory's bandwidth")
@@ -255,12 +256,14 @@ def main() -> None:
     optimum = make_pool(options.base, options.output, options.pool)
     print(f"p: {make_target()}, {optimum}", flush=True)
     grid = [
-        {"method": method, "learning_rate": rate, "seed": GRID_SEED} for method in options.methods for rate in RATES
+        {"method": method, "learning_rate": rate, "seed": GRID_SEED}
+        for method in options.methods
+        for rate in options.rates
     ]
     done = run_all(grid, options)
     best = {}
     for method in options.methods:
-        rows = [done[method, rate, GRID_SEED] for rate in RATES]
+        rows = [done[method, rate, GRID_SEED] for rate in options.rates]
         best[method] = min(rows, key=lambda row: row["kl_policy_target"])["learning_rate"]
     seeds = [{"method": m, "learning_rate": best[m], "seed": seed} for m in options.methods for seed in SEEDS]
     done = run_all(seeds, options)

@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         COMMAND,
         results,
         "the embedded stories of hf_gdc",
+        divergence=trainer.args.divergence,
     )
     (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     plot(trainer.state.log_history, output / "report.png")

@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     results |= {f"{which}: {n}": report[which][n] for which in ("before", "after") for n in before if n != "samples"}
     title = f"{Path(peft.model_name_or_path).name} with an adapter, aimed at a target"
     formula, data = trainer.target.formula(), f"prompts of {options.data}"
-    write_model_card(folder, title, formula, COMMAND, results, data, peft.model_name_or_path)
+    base, f = peft.model_name_or_path, trainer.args.divergence
+    write_model_card(folder, title, formula, COMMAND, results, data, base, divergence=f)
     (folder.parent / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     print_report(report)
     print(f"\n{report['seconds']:.0f} seconds; wrote {folder.parent}/report.json and model/")
