@@ -11,6 +11,7 @@ import adversaries
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from test_resume import assert_equal
 
@@ -110,6 +111,57 @@ def test_maximum_likelihood_learns_the_texts(tmp_path):
     metrics = trainer.evaluate()
     entropy = -float((log_p.exp() * log_p).sum())
     assert metrics["eval_nll"] == pytest.approx(entropy + after, abs=0.5)  # 64 texts
+
+
+# ---- prompts and losses ----
+
+
+@pytest.mark.parametrize("loss", ["bce", "bound", "bradley_terry", "relativistic"])
+def test_losses_on_prompts_and_completions(loss, tmp_path):
+    """One real completion for the samples of each prompt; the loss is what its formula says, however it is cut."""
+    rows = [{"prompt": p, "completion": c} for p, c in [("a", "b"), ("b", "a a"), ("a b", ""), ("b b", "b a")] * 4]
+    options = {"per_device_train_batch_size": 16, "num_generations": 4, "discriminator_loss": loss}
+    discriminator = Discriminator(adversaries.classifier(scale=0.5))
+    trainer = adversaries.gan(tmp_path, discriminator, Dataset.from_list(rows), **options)
+    inputs = [row for row in rows[:4] for _ in range(4)]
+    fake, real = trainer.actors.sample_policy(inputs), trainer.real_rollouts(inputs)
+    assert torch.equal(fake.prompt_key_B[::4], real.prompt_key_B) and real.texts == [
+        row["completion"] for row in rows[:4]
+    ]
+    r, f = discriminator.log_score(real), discriminator.log_score(fake)
+    pairs = torch.nn.functional.softplus(f[None] - r[:, None])
+    expected = {
+        "bce": torch.nn.functional.softplus(-r).mean() + torch.nn.functional.softplus(f).mean(),
+        "bound": -(
+            dual(-r, trainer.divergence.f, trainer.divergence.f_prime).mean() + trainer.divergence.f_prime(-f).mean()
+        ),
+        "bradley_terry": torch.stack([pairs[n, 4 * n : 4 * n + 4] for n in range(4)]).mean(),
+        "relativistic": pairs.mean(),
+    }[loss]
+    assert trainer.learner.step(fake, real)["discriminator/loss"] == pytest.approx(float(expected), rel=1e-5)
+    if loss == "relativistic":
+        return  # compares what meets in a micro-batch
+    again = adversaries.gan(
+        tmp_path, Discriminator(adversaries.classifier(scale=0.5)), Dataset.from_list(rows), **options
+    )
+    again.args.per_device_train_batch_size = 5  # one prompt's four samples at a time
+    again.learner.step(fake, real)
+    whole, cut = (
+        torch.cat([p.grad.flatten() for p in player.learner.parameters if p.grad is not None])
+        for player in (trainer, again)
+    )
+    assert (whole - cut).norm() / whole.norm() < 1e-5
+
+
+def test_a_game_on_prompts_with_a_reward_beside_it(tmp_path):
+    rows = [{"prompt": p, "completion": c} for p, c in [("a", "b"), ("b", "a a"), ("a b", ""), ("b b", "b a")] * 4]
+    options = {"per_device_train_batch_size": 16, "num_generations": 4, "max_steps": 2, "eval_samples": 16}
+    for make in (adversaries.gan, adversaries.unified):
+        trainer = make(
+            tmp_path / make.__name__, None, Dataset.from_list(rows), target=adversaries.reward_of_a(), **options
+        )
+        trainer.train()
+        assert "eval_features/count_a" in trainer.evaluate()
 
 
 # ---- stabilisers ----

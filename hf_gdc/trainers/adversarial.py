@@ -151,6 +151,7 @@ class AdversarialTrainer(GDCTrainer):
         world, rank = self.args.world_size, self.args.process_index
         real = self.texts_of([*rows, *rows[: -len(rows) % world]][rank::world], torch.device("cpu"))
         fake = self.actors.draw(repeated(rows, self.args.eval_samples), False, salt=self.state.global_step + 1)
+        self.target.log_score(fake)  # computes the features
         score = self.discriminator.network.whole_scores
         sides = self.game.sides(real, score(real)), self.game.sides(fake, score(fake))
         nll = -self.actors.gather(self.actors.policy_logp(real))
