@@ -4,7 +4,6 @@ import adversaries
 import pytest
 import tiny
 import torch
-from test_exactness import flat_gradient
 
 from hf_gdc import Discriminator, available_divergences, get_divergence
 from hf_gdc.scoring import Scorer
@@ -30,12 +29,6 @@ def test_rewards_are_the_tables(name):
     torch.testing.assert_close(ours - ours[4], book - book[4])
 
 
-def analytic(trainer, rollouts, log_p, prompts: int):
-    logp = trainer.actors.scorer.rollouts(rollouts).logp_B
-    parts = [tiny.exact_divergence(trainer.divergence, part, log_p) for part in logp.view(prompts, -1)]
-    return flat_gradient(sum(parts) / prompts, trainer.model)
-
-
 @pytest.mark.parametrize("prompts", [("",), ("a", "b b a")], ids=["unconditional", "two prompts"])
 @pytest.mark.parametrize("moved", [False, True], ids=["pi is q", "pi has moved"])
 @pytest.mark.parametrize("name", [*REWARDS, *OTHERS])
@@ -51,8 +44,8 @@ def test_gradient_with_the_optimal_discriminator(name, moved, prompts, tmp_path)
     torch.testing.assert_close(rollouts.log_z_B, torch.full((15 * len(prompts),), error).double())
     rollouts.baseline_B = torch.tensor([0.37, -1.1])[: len(prompts)].repeat_interleave(15).double()
     loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    estimated = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum() / len(prompts), trainer.model)
-    exact = analytic(trainer, rollouts, log_p, len(prompts))
+    estimated = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum() / len(prompts), trainer.model)
+    exact = tiny.exact_gradient(trainer, rollouts, log_p.repeat(len(prompts)), len(prompts))
     assert exact.norm() > 1e-3
     assert (estimated - exact).norm() / exact.norm() < 1e-8
 
@@ -93,8 +86,8 @@ def test_token_credit_is_the_gradient_of_the_prefixes_divergences(name, moved, t
     rollouts.log_p_BT = log_q_BT + trainer.discriminator.network.score(rollouts)
     rollouts.baseline_BT = torch.tensor([0.4, -0.2, 0.9]).double().expand(15, -1)  # one for each place
     loss_B, _ = trainer.sample_losses(trainer.model, rollouts)
-    estimated = flat_gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
-    exact = flat_gradient(prefix_divergence(trainer, log_p), trainer.model)
+    estimated = tiny.gradient((rollouts.sampler_logp_B.exp() * loss_B).sum(), trainer.model)
+    exact = tiny.gradient(prefix_divergence(trainer, log_p), trainer.model)
     assert exact.norm() > 1e-3
     assert (estimated - exact).norm() / exact.norm() < 1e-8
 
