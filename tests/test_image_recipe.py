@@ -33,7 +33,9 @@ print(type(generator).__module__)
 def recipe(script: str, *options: str) -> subprocess.CompletedProcess:
     config = {"run.py": "config.yaml", "control.py": "control.yaml"}[script]
     command = [sys.executable, str(RECIPES / script), "--config", str(RECIPES / config), *options, *SMALL]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=400)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=400
+    )
 
 
 @pytest.fixture(scope="module")
