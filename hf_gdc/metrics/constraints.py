@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..features import Feature
 from ..intervals import normal_quantile, wilson_interval
+from ..ready_features import text_of
 
 INTERVALS = ("wilson", "normal")
 
@@ -23,12 +24,16 @@ class _Texts:
     ids: list | None
     columns: dict[str, list]
     scores: dict = field(default_factory=dict)
+    differentiable = False
 
     def __len__(self) -> int:
         return len(self.completions)
 
     def feature_arguments(self) -> dict:
         return {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.ids}
+
+    def describe(self, row: int) -> str:
+        return f"sample {row}: {text_of(self.completions[row])[:80]!r}"
 
 
 def constraint_rates(
