@@ -122,7 +122,8 @@ def gan(output_dir: str, resume: str, kill_at: str, players: str) -> None:
     trainer.train(resume_from_checkpoint=True if resume == "resume" else None)
     learner = trainer.learner
     state = {"policy": trainer.model.state_dict(), "discriminator": learner.state_dict(), "random": torch.rand(3)}
-    state |= {"window": learner.process_state()["window"], "texts": trainer._last_rollouts.texts}
+    window = learner.process_state()["window"] or []
+    state |= {"window": dict(enumerate(window[:1])), "texts": trainer._last_rollouts.texts}
     torch.save(state, Path(output_dir) / "end.pt")
 
 
