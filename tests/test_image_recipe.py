@@ -1,4 +1,4 @@
-"""The recipe for images as users run it, made small: what it writes, what its model does elsewhere, and the two ways to threes."""
+"""The recipe for images as users run it, made small: what it writes, how its model travels, and the two ways to threes."""
 
 import json
 import os
