@@ -7,6 +7,10 @@ both sets must be of one size, and real training images are always judged beside
 Left out: the classifier (`image_classifier`). Shapes: N images a side, F features, K classes.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -29,16 +33,16 @@ def kernel_distance(generated_NF: Tensor, real_NF: Tensor, subsets: int = 100, s
     """KID, the unbiased squared MMD with the kernel (x . y / F + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401).
 
     Args:
-        subsets: of at most 1,000 images, over which it is averaged.
+        subsets: of 1,000 images, over which it is averaged; up to 1,000 images are one subset.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(1000, len(generated_NF))
-    metric = KernelInceptionDistance(feature=_Given(generated_NF.shape[1]), subsets=subsets, subset_size=size)
-    metric.update(real_NF, real=True)
-    metric.update(generated_NF, real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    subsets = 1 if size == len(generated_NF) else subsets  # each would hold them all
+    with _quietly(seed):
+        metric = KernelInceptionDistance(feature=_Given(generated_NF.shape[1]), subsets=subsets, subset_size=size)
+        metric.update(real_NF, real=True)
+        metric.update(generated_NF, real=False)
         return float(metric.compute()[0])
 
 
@@ -46,10 +50,19 @@ def inception_score(logps_NK: Tensor) -> float:
     """exp(E KL(p(y | x) || p(y))), from 1 to K (Salimans et al. 2016, arXiv 1606.03498), of all images together."""
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(feature=_Given(logps_NK.shape[1]), splits=1)
-    metric.update(logps_NK)
-    with torch.random.fork_rng(devices=[]):  # it shuffles, for its splits
+    with _quietly():
+        metric = InceptionScore(feature=_Given(logps_NK.shape[1]), splits=1)
+        metric.update(logps_NK)
         return float(metric.compute()[0])
+
+
+@contextmanager
+def _quietly(seed: int = 0) -> Iterator[None]:
+    """With random numbers of its own, for subsets and shuffles; without warnings about buffers and the spread of one split."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        yield
 
 
 def precision_recall(generated_NF: Tensor, real_NF: Tensor, neighbours: int = 3) -> tuple[float, float]:
