@@ -31,6 +31,9 @@ DISCRIMINATOR_FILE = "discriminator.pt"  # beside the policy's optimizer in a ch
 class AdversarialTrainer(GDCTrainer):
     """Base of `GANTrainer` and `UnifiedTrainer`.
 
+    Class attribute:
+        logit_is_ratio: the discriminator's logit estimates log p_data/q.
+
     Args:
         model, args, processing_class, callbacks, optimizers, peft_config: see `PolicyGradientTrainer`.
         discriminator: the factor that learns.
@@ -42,6 +45,8 @@ class AdversarialTrainer(GDCTrainer):
         ValueError: no real texts, too few, or in another language than the tokenizer's; moments in the target; see
             `DiscriminatorLearner` and `Discriminator`.
     """
+
+    logit_is_ratio = True
 
     def __init__(
         self,
@@ -157,7 +162,7 @@ class AdversarialTrainer(GDCTrainer):
         nll = -self.actors.gather(self.actors.policy_logp(real))
         metrics = self.game.metrics(*sides) | self._sample_metrics(fake)
         metrics |= {"nll": float(nll.mean()), "nll_per_token": float(nll.sum() / sides[0].lengths.sum())}
-        if not self.args.warped:  # else the logit's q is not the policy
+        if self.logit_is_ratio and not self.args.warped:  # else the logit's q is not the policy
             metrics |= {f"{name}_bound": value for name, value in divergence_bounds(sides[0].logits, sides[1].logits)}
         self.evaluation_samples = fake
         return {f"{prefix}_{name}": value for name, value in finite(metrics).items()}

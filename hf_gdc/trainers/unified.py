@@ -36,6 +36,8 @@ class UnifiedTrainer(AdversarialTrainer):
             constraint without `reference_negatives`.
     """
 
+    logit_is_ratio = False
+
     def __init__(
         self,
         model,
