@@ -76,6 +76,7 @@ def test_the_generator_samples_without_the_library(run, tmp_path):
     assert done.stdout.startswith("transformers_modules")
 
 
+@pytest.mark.slow
 def test_filtered_and_trained_towards_threes(run, tmp_path):
     """The filter meets the share whatever the generator; four steps of training only have to run and be reported."""
     output, _ = run
