@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from .loading import frozen_copy
 from .rollouts import Rollouts
-from .sampling import TransformersSampler, evaluating, unsharded
-from .scoring import PolicyOutput, Scorer, same_trainable
+from .sampling import TransformersSampler, unsharded
+from .scoring import PolicyOutput, Scorer, evaluating, same_trainable
 
 
 class Actors:

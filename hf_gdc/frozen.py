@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .actors import score_in_parts
 from .rollouts import Rollouts
-from .sampling import evaluating
-from .scoring import Scorer
+from .scoring import Scorer, evaluating
 
 _NUMBERS = itertools.count()
 

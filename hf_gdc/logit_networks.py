@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .rollouts import Rollouts
-from .sampling import evaluating
+from .scoring import evaluating
 
 
 class LogitNetwork(nn.Module):

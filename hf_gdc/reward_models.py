@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from .adapters import adapter_active, classifier_on, is_base_of, lacks_head
-from .sampling import evaluating
+from .scoring import evaluating
 from .text_models import TextModel, default_device
 
 

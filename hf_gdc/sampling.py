@@ -31,7 +31,7 @@ from .encoding import tokenize_prompts
 from .kv_cache import roomy_cache
 from .partition import prompt_key
 from .rollouts import Rollouts, completion_mask
-from .scoring import causal_lm
+from .scoring import causal_lm, evaluating
 
 
 class _Draw(LogitsProcessor):
@@ -244,17 +244,6 @@ class TransformersSampler:
         ids, lengths = completion_ids_BT.tolist(), mask_BT.sum(-1).tolist()
         rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """Dropout and the like off for the duration."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

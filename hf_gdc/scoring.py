@@ -45,6 +45,17 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module):
+    """Dropout and the like off for the duration."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def same_trainable(model: nn.Module):
     """PEFT freezes every adapter that it switches off: give each parameter back what it had."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -282,4 +282,5 @@ def test_bad_spellings(source, message):
 def test_every_ready_feature_is_tested():
     here = {"contains", "regex", "count", "starts_with", "max_words", "length", "cut"}
     there = {"vader", "classifier", "similarity", "reward_model"}  # in test_scorers.py and test_reward_models.py
+    there |= {"brightness", "image_class", "column"}  # in test_image_metrics.py
     assert set(READY) == here | there

@@ -23,8 +23,8 @@ from hf_gdc import GDCConfig
 from hf_gdc.cli import parse_options
 from hf_gdc.evaluation import Scored, pooled_metrics
 from hf_gdc.rollouts import Rollouts
-from hf_gdc.sampling import TransformersSampler, evaluating
-from hf_gdc.scoring import Scorer
+from hf_gdc.sampling import TransformersSampler
+from hf_gdc.scoring import Scorer, evaluating
 from hf_gdc.targets.base import Context, Target
 
 BASE = "outputs/benchmarks/base/pretrain/model"
