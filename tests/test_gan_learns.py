@@ -9,7 +9,9 @@ from hf_gdc import Discriminator, Policy, QuasiRejectionSampler, Reference, Targ
 
 GAME = {"per_device_train_batch_size": 256, "max_steps": 160, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
 GAME |= {"discriminator_learning_rate": 4e-3, "discriminator_steps": 4}
-REPLAY = {"discriminator_replay_samples": 256}
+# A policy that outruns its discriminator circles around the goal: the discriminator learns faster, and is kept smooth.
+STEADY = GAME | {"max_steps": 200, "learning_rate": 2e-3, "discriminator_learning_rate": 1e-2, "r1": 0.1}
+STEADY |= {"discriminator_replay_samples": 256}
 CLOSE, FAR = 0.02, 0.3
 NAMES = sorted(set(available_divergences()) - {"alpha"})
 # With a learned discriminator two divergences do not get there. Total variation's reward is the sign of the logit: it does not
@@ -19,7 +21,7 @@ EXACT = ("tv", "reverse_chi2")
 
 
 def learned(scale: float = 0.1, **options) -> Discriminator:
-    network = adversaries.classifier(1, options.get("dense", False), scale=scale)
+    network = adversaries.classifier(1, options.get("dense", False), hidden_size=32, scale=scale)
     return Discriminator(network, batch_size=1024, **options)
 
 
@@ -39,7 +41,7 @@ def policy():
 def test_gan_with_each_divergence(name, tmp_path):
     log_p = adversaries.goal(5, 0.4)
     texts = adversaries.real_texts(log_p, 40_000)
-    reaches(adversaries.gan(tmp_path, learned(), texts, policy(), divergence=name, **GAME | REPLAY), log_p)
+    reaches(adversaries.gan(tmp_path, learned(), texts, policy(), divergence=name, **STEADY), log_p)
 
 
 @pytest.mark.parametrize("name", [*EXACT, "js"])
@@ -54,7 +56,7 @@ def test_gan_with_an_exact_discriminator(name, tmp_path):
 def test_gan_with_credit_for_tokens(tmp_path):
     log_p = adversaries.goal(5, 0.4)
     texts = adversaries.real_texts(log_p, 40_000)
-    reaches(adversaries.gan(tmp_path, learned(dense=True), texts, policy(), **GAME | REPLAY), log_p)
+    reaches(adversaries.gan(tmp_path, learned(dense=True), texts, policy(), **STEADY), log_p)
 
 
 @pytest.mark.slow
