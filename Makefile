@@ -25,7 +25,7 @@ rlhf: $(VENV)/installed ## pretraining, fine-tuning, a reward model and PPO, off
 images: $(VENV)/installed ## a GAN on scikit-learn's digits, with metrics and a grid of samples
 	$(ACCELERATE) recipes/images/run.py --config recipes/images/config.yaml $(OPTIONS)
 
-test: $(VENV)/installed ## the test suite (about 10 minutes on 2 cores)
+test: $(VENV)/installed ## the test suite (10 to 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/installed ## checks that take minutes each
