@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "divergences": ["Divergence", "available_divergences", "get_divergence"],
     "metrics": ["load_metric"],
-    "image_arguments": ["ImageGANConfig"],
-    "image_data": ["ImageDataset", "load_images"],
-    "image_sampling": ["ImageRejectionSampler"],
+    "images.arguments": ["ImageGANConfig"],
+    "images.data": ["ImageDataset", "load_images"],
+    "images.sampling": ["ImageRejectionSampler"],
     "models": [
         "DCGANConfig",
         "DCGANDiscriminator",

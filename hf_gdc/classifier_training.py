@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from .image_augmentation import translate
-from .image_classifier import LeNet, judge
-from .image_data import ImageDataset
+from .images.augmentation import translate
+from .images.classifier import LeNet, judge
+from .images.data import ImageDataset
 
 
 def train_classifier(

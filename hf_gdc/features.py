@@ -10,7 +10,7 @@ a factor it may be spelt as text:
     classifier:path/to/model=positive>0.5   whether that is above a threshold (`scorers`)
     reward_model:org/model                  a Hub reward model's number for prompt and completion (`reward_models`)
     similarity:org/encoder=texts.txt        cosine to the nearest text of a file, by any encoder (`scorers`)
-    image_class:path/to/classifier=3        of images: the probability of a class; also brightness (`image_features`)
+    image_class:path/to/classifier=3        of images: the probability of a class; also brightness (`images/features`)
     my_features.py:is_happy                 a function in a file
     my_package.rewards:f                    a function in an importable module
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .image_features import brightness, column, image_class
+from .images.features import brightness, column, image_class
 from .ready_features import contains, count, cut, length, max_words, regex, starts_with
 from .reward_models import reward_model
 from .rollouts import Rollouts

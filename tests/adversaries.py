@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, TrainerCallback
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, Reward, UnifiedConfig, UnifiedTrainer
-from hf_gdc.logit_networks import LogitNetwork
+from hf_gdc.adversarial.logit_networks import LogitNetwork
 from hf_gdc.targets.base import BEFORE_JOINING
 
 DEFAULTS = {"max_completion_length": tiny.LENGTH, "use_cpu": True, "report_to": "none", "disable_tqdm": True}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_gdc import available_divergences, get_divergence
-from hf_gdc.adversarial_losses import binary_terms, bound_terms, calibration, dual, has_bound, pair_terms
-from hf_gdc.game import accuracy, area_under_curve, copies
+from hf_gdc.adversarial.game import accuracy, area_under_curve, copies
+from hf_gdc.adversarial.losses import binary_terms, bound_terms, calibration, dual, has_bound, pair_terms
 
 NAMES = sorted(set(available_divergences()) - {"alpha", "tv"})
 

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from test_resume import assert_equal
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, Target, get_divergence
-from hf_gdc.adversarial_losses import dual
-from hf_gdc.discriminator_training import MOST, PREFIXES, WEIGHT
+from hf_gdc.adversarial.discriminator_training import MOST, PREFIXES, WEIGHT
+from hf_gdc.adversarial.losses import dual
 
 WORKER = Path(__file__).parent / "worker.py"
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_gdc.image_adversary import accuracy, squared_gradient_norm, weighted_mean
+from hf_gdc.images.adversary import accuracy, squared_gradient_norm, weighted_mean
 
 
 def test_weights_stand_for_repeated_samples():

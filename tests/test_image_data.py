@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_gdc.image_data import ImageCollator, ImageDataset, as_bytes, from_rows, load_images, rows_of, to_pixel_values
+from hf_gdc.images.data import ImageCollator, ImageDataset, as_bytes, from_rows, load_images, rows_of, to_pixel_values
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(256, size=(12, 8, 8), dtype=np.uint8)

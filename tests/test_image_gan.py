@@ -205,8 +205,8 @@ def test_a_hard_constraint_leaves_real_images_out(tmp_path):
 
 def test_the_discriminators_optimum_with_weights_is_the_target_over_q():
     """Three kinds of images with p = (.2, .3, .5), weights w and q: BCE's optimum is log(p w / q)."""
-    from hf_gdc.adversarial_losses import binary_terms
-    from hf_gdc.image_adversary import weighted_mean
+    from hf_gdc.adversarial.losses import binary_terms
+    from hf_gdc.images.adversary import weighted_mean
 
     p, w, q = torch.tensor([[0.2, 0.3, 0.5], [2.0, 1.0, 0.6], [0.4, 0.4, 0.2]], dtype=torch.float64)
     counts = 1000

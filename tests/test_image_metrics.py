@@ -8,10 +8,10 @@ import torch
 from hf_gdc import Moment, Policy
 from hf_gdc.classifier_training import train_classifier
 from hf_gdc.features import Feature
-from hf_gdc.image_batches import ImageBatch
-from hf_gdc.image_classifier import Judged, LeNet, judge
-from hf_gdc.image_data import ImageDataset
-from hf_gdc.image_features import class_probability
+from hf_gdc.images.batches import ImageBatch
+from hf_gdc.images.classifier import Judged, LeNet, judge
+from hf_gdc.images.data import ImageDataset
+from hf_gdc.images.features import class_probability
 from hf_gdc.metrics.images import (
     class_shares,
     frechet_distance,

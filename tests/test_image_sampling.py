@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gdc import ImageRejectionSampler, Moment, Pointwise, Policy, Reference, Reward
-from hf_gdc.image_augmentation import augment, brightness, cutout, translate
+from hf_gdc.images.augmentation import augment, brightness, cutout, translate
 from hf_gdc.moments import fit_moments
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_gdc import ImageDataset, ImageGANConfig, ImageGANTrainer, available_divergences, get_divergence
-from hf_gdc.adversarial_losses import bound_terms
+from hf_gdc.adversarial.losses import bound_terms
 from hf_gdc.objectives import pathwise
 
 CHOICES = [(name, {}) for name in available_divergences() if name not in ("tv", "alpha")]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..image_classifier import Judged
+from ..images.classifier import Judged
 
 CONFIDENT = 0.9
 

@@ -15,9 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..logit_networks import ClassifierNetwork, LogitNetwork
+from ..adversarial.logit_networks import ClassifierNetwork, LogitNetwork
+from ..adversarial.shared_networks import AdapterNetwork, load_network
 from ..rollouts import Rollouts
-from ..shared_networks import AdapterNetwork, load_network
 from ..vocabularies import differing_tokens
 from .base import Context, Factor
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adversarial_losses import dual
-from ..demonstrations import Demonstrations
-from ..discriminator_training import DiscriminatorLearner
+from ..adversarial.arguments import AdversarialConfig
+from ..adversarial.demonstrations import Demonstrations
+from ..adversarial.discriminator_training import DiscriminatorLearner
+from ..adversarial.game import Game
+from ..adversarial.losses import dual
+from ..adversarial.real_text import RealTexts, check_size, is_unconditional, with_completions
 from ..divergences import available_divergences, get_divergence
 from ..evaluation import LOG_NAMES, finite, first_rows, repeated
-from ..game import Game
-from ..gan_arguments import AdversarialConfig
-from ..real_text import RealTexts, check_size, is_unconditional, with_completions
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets import Discriminator, Target

@@ -21,15 +21,15 @@ Left out: images. Shapes: B samples of this process, N of all processes, T compl
 import torch
 from torch import Tensor
 
+from ..adversarial.arguments import GANConfig
+from ..adversarial.real_text import with_completions
+from ..adversarial.token_credit import PrefixCredit
 from ..evaluation import Scored
-from ..gan_arguments import GANConfig
 from ..objectives import clipped_policy_loss
-from ..real_text import with_completions
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
 from ..targets import Discriminator, Policy
 from ..targets.base import Factor
-from ..token_credit import PrefixCredit
 from .adversarial import AdversarialTrainer
 
 

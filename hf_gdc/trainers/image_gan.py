@@ -8,7 +8,7 @@ images. Either the real images are weighted by them, so that the discriminator s
 log ratio, so that the generator follows their gradient.
 
 A step updates the discriminator `discriminator_steps` times, each on its own real images, then the generator once. The loop
-is `transformers.Trainer`'s. Left out: the discriminator's side (`image_adversary`), adapters, sharded models.
+is `transformers.Trainer`'s. Left out: the discriminator's side (`images/adversary`), adapters, sharded models.
 
 Shapes: B images of this process.
 """
@@ -32,15 +32,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from ..adversarial_losses import has_bound
+from ..adversarial.losses import has_bound
 from ..checkpoints import SafeCheckpoints
 from ..divergences import get_divergence
-from ..image_adversary import Adversary, Sides
-from ..image_arguments import ImageGANConfig
-from ..image_batches import ImageBatch, no_density
-from ..image_data import ImageCollator, rows_of
-from ..image_grids import save_grid, track_image
-from ..image_players import check_players, moving_average, synchronise_batch_norms
+from ..images.adversary import Adversary, Sides
+from ..images.arguments import ImageGANConfig
+from ..images.batches import ImageBatch, no_density
+from ..images.data import ImageCollator, rows_of
+from ..images.grids import save_grid, track_image
+from ..images.players import check_players, moving_average, synchronise_batch_norms
 from ..models import DCGANDiscriminator
 from ..objectives import pathwise
 from ..reporting import Averages

@@ -3,16 +3,16 @@
     L = D_f(P_G || P_D) + lambda * D(P_D, P_true),      P_D(x) = a(x) e^d(x) / Z
 
 theta takes f-DPG steps to P_D times any constraints and rewards, so RLHF, GDC and GAN are in one target. d takes steps along
-its own exact gradient of L (`hf_gdc.energy_training`). The fitted energy is a factor like any other: saved with the target,
-loaded, sampled with `QuasiRejectionSampler`.
+its own exact gradient of L (`hf_gdc.adversarial.energy_training`). The fitted energy is a factor like any other: saved with the
+target, loaded, sampled with `QuasiRejectionSampler`.
 
 Left out: moments, whose lambda is fitted to a target that stands still.
 """
 
-from ..discriminator_training import DiscriminatorLearner
-from ..energy_training import EnergyLearner
-from ..gan_arguments import UnifiedConfig
-from ..real_text import with_completions
+from ..adversarial.arguments import UnifiedConfig
+from ..adversarial.discriminator_training import DiscriminatorLearner
+from ..adversarial.energy_training import EnergyLearner
+from ..adversarial.real_text import with_completions
 from ..targets import Discriminator, Reference
 from ..targets.base import Factor
 from .adversarial import AdversarialTrainer

@@ -30,8 +30,8 @@ from hf_gdc import (
     load_images,
 )
 from hf_gdc.classifier_training import train_classifier
-from hf_gdc.image_classifier import judge
-from hf_gdc.image_data import ImageDataset
+from hf_gdc.images.classifier import judge
+from hf_gdc.images.data import ImageDataset
 from hf_gdc.metrics.images import image_metrics
 
 SHAPE = {"image_size": 8, "hidden_size": 32, "dense_size": 512, "latent_size": 16, "generator_norm": "group"}

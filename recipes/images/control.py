@@ -21,9 +21,9 @@ import torch
 from hf_gdc import DCGANGenerator, ImageGANConfig, ImageGANTrainer, ImageRejectionSampler, Moment, Policy, load_images
 from hf_gdc.checkpoints import claim_output_dir
 from hf_gdc.cli import parse_options, resume_option
-from hf_gdc.image_classifier import LeNet, judge
-from hf_gdc.image_features import class_probability
-from hf_gdc.image_grids import save_grid
+from hf_gdc.images.classifier import LeNet, judge
+from hf_gdc.images.features import class_probability
+from hf_gdc.images.grids import save_grid
 from hf_gdc.metrics.images import class_shares
 
 

@@ -28,9 +28,9 @@ from hf_gdc.checkpoints import claim_output_dir
 from hf_gdc.classifier_training import train_classifier
 from hf_gdc.cli import TargetArguments, further_factors, parse_options, resume_option
 from hf_gdc.hub import write_model_card
-from hf_gdc.image_classifier import Judged, LeNet, judge
-from hf_gdc.image_data import ImageDataset, load_images
-from hf_gdc.image_grids import save_grid
+from hf_gdc.images.classifier import Judged, LeNet, judge
+from hf_gdc.images.data import ImageDataset, load_images
+from hf_gdc.images.grids import save_grid
 from hf_gdc.metrics.images import class_shares, image_metrics
 
 COLUMNS = ("generated", "train (floor)", "test itself")
@@ -42,7 +42,7 @@ class ImageArguments:
 
     data: str = field(
         default="digits",
-        metadata={"help": "digits, a file, a folder, or a dataset of the Hub (see hf_gdc.image_data)."},
+        metadata={"help": "digits, a file, a folder, or a dataset of the Hub (see hf_gdc.images.data)."},
     )
     image_size: int = field(default=8, metadata={"help": "Pixels a side: 4 * 2^n or 7 * 2^n, from 8 to 64."})
     num_channels: int = field(default=1, metadata={"help": "1 for grey, 3 for colour."})

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from .image_classifier import LeNet
+from .classifier import LeNet
 
 BATCH = 1000  # images at once
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .adversarial_losses import calibration
-from .rollouts import Rollouts
+from ..rollouts import Rollouts
+from .losses import calibration
 
 SEPARABLE = 0.99  # the area under the curve at which the sides count as separable
 TELLING = 0.8  # the area at which one plain feature counts as the discriminator's shortcut

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapter_active, adapter_parameters, add_adapter
+from ..adapters import adapter_active, adapter_parameters, add_adapter
+from ..rollouts import Rollouts
 from .logit_networks import ClassifierNetwork, LogitNetwork, compact, load_classifier, read_out
-from .rollouts import Rollouts
 
 ADAPTER = "discriminator"  # also the folder's name, where PEFT saves an adapter of this name
 HEAD = "discriminator_head.safetensors"

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Rows
-from .encoding import tokenize_completions
-from .rollouts import Rollouts, completion_mask
-from .sampling import TransformersSampler
+from ..data import Rows
+from ..encoding import tokenize_completions
+from ..rollouts import Rollouts, completion_mask
+from ..sampling import TransformersSampler
 
 
 def with_completions(dataset: Rows) -> Rows:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, get_scheduler
 
-from .adversarial_losses import binary_terms, bound_terms, calibration, pair_terms
-from .divergences import Divergence, available_divergences, get_divergence
-from .image_arguments import ImageGANConfig
-from .image_augmentation import augment
-from .image_players import apply_spectral_norm, synchronise_batch_norms
+from ..adversarial.losses import binary_terms, bound_terms, calibration, pair_terms
+from ..divergences import Divergence, available_divergences, get_divergence
+from .arguments import ImageGANConfig
+from .augmentation import augment
+from .players import apply_spectral_norm, synchronise_batch_norms
 
 
 @dataclass

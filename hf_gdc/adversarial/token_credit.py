@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .evaluation import Scored
-from .partition import group_logsumexp, leave_one_out_baseline
-from .rollouts import Rollouts
-from .scoring import PolicyOutput
+from ..evaluation import Scored
+from ..partition import group_logsumexp, leave_one_out_baseline
+from ..rollouts import Rollouts
+from ..scoring import PolicyOutput
 
 
 class PrefixCredit:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .arguments import suggest_options
-from .image_augmentation import AUGMENTATIONS
+from ..arguments import suggest_options
+from .augmentation import AUGMENTATIONS
 
 DISCRIMINATOR_LOSSES = ("bce", "relativistic", "bound")
 CONSTRAINED_SIDES = ("data", "generator")

@@ -17,10 +17,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .actors import Actors
-from .partition import group_logsumexp
-from .rollouts import Rollouts
-from .targets.base import BEFORE_JOINING, Target
+from ..actors import Actors
+from ..partition import group_logsumexp
+from ..rollouts import Rollouts
+from ..targets.base import BEFORE_JOINING, Target
 
 
 class Demonstrations:

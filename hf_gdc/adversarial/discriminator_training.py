@@ -4,7 +4,7 @@ Gradients are averaged over processes by hand, and the optimizer is torch's own:
 policy accumulates gradients, and an adapter of the policy's own model can't be wrapped a second time. So the discriminator is
 whole on every process, however the policy is spread.
 
-Left out: losses (`adversarial_losses`), networks (`logit_networks`), when to rest (`game`), energies (`energy_training`).
+Left out: losses (`losses`), networks (`logit_networks`), when to rest (`game`), energies (`energy_training`).
 Shapes: R real texts, F samples (F a multiple of R: those of the first text's prompt come first), T tokens.
 """
 
@@ -18,13 +18,13 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .actors import Actors
-from .adversarial_losses import binary_terms, bound_terms, has_bound, pair_terms
-from .divergences import Divergence
+from ..actors import Actors
+from ..divergences import Divergence
+from ..rollouts import Rollouts
+from .arguments import AdversarialConfig
 from .game import Game
-from .gan_arguments import AdversarialConfig
 from .logit_networks import LogitNetwork
-from .rollouts import Rollouts
+from .losses import binary_terms, bound_terms, has_bound, pair_terms
 
 MOST = 5.0  # the largest weight pi/q of a replayed sample
 WEIGHT, PREFIXES = (

@@ -23,10 +23,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .adversarial_losses import dual
+from ..partition import effective_sample_size, group_logsumexp, group_sum
+from ..rollouts import Rollouts
 from .discriminator_training import DiscriminatorLearner
-from .partition import effective_sample_size, group_logsumexp, group_sum
-from .rollouts import Rollouts
+from .losses import dual
 
 COEFFICIENT, OFFSET = "coefficient of grad d", "log a - log q"  # entries of scores, which select cuts along
 

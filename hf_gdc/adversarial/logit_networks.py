@@ -27,8 +27,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .rollouts import Rollouts
-from .scoring import evaluating
+from ..rollouts import Rollouts
+from ..scoring import evaluating
 
 
 class LogitNetwork(nn.Module):

@@ -5,7 +5,7 @@ Left out: what they do, which stands beside the trainers (`trainers/adversarial`
 
 from dataclasses import dataclass, field
 
-from .arguments import PolicyGradientConfig, suggest_options
+from ..arguments import PolicyGradientConfig, suggest_options
 from .game import ACTIONS
 
 LOSSES = ("bce", "bradley_terry", "relativistic", "bound")

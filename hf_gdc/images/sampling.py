@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from .acceptance import AcceptanceEstimate, AcceptancePool, check_choice
-from .image_batches import ImageBatch, no_density
-from .targets.base import Context, Factor, Target
+from ..acceptance import AcceptanceEstimate, AcceptancePool, check_choice
+from ..targets.base import Context, Factor, Target
+from .batches import ImageBatch, no_density
 
 
 class ImageRejectionSampler:
