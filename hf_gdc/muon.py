@@ -99,9 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         self._parts = [
-            BatchedMuon(
-                matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            BatchedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
         ]
         super().__init__([group for part in self._parts for group in part.param_groups], {})

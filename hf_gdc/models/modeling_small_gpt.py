@@ -98,19 +98,12 @@ class SmallGPTModel(SmallGPTPreTrainedModel):
             position_ids = default_positions(inputs_embeds, attention_mask, past_key_values)
         hidden_BTW, rotary = self._add_positions(inputs_embeds, position_ids)
         hidden_BTW = self.dropout(hidden_BTW)
+        shared = {"position_ids": position_ids, "past_key_values": past_key_values, "rotary": rotary}
         for layer in self.layers:
-            hidden_BTW = layer(
-                hidden_BTW,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                rotary=rotary,
-                **kwargs,
-            )
+            hidden_BTW = layer(hidden_BTW, attention_mask=mask, **shared, **kwargs)
         if self.config.recurrent_type is not None:
             hidden_BTW = self.recurrence(hidden_BTW, padding_mask, past_key_values)
-        hidden_BTW = self.norm(hidden_BTW)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTW, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTW), past_key_values=past_key_values)
 
     def _add_positions(self, embeds_BTW: Tensor, position_ids: Tensor):
         """-> the layers' input (B, T, W), and what rotary attention needs in every layer, else None."""
@@ -146,6 +139,8 @@ class SmallGPTLanguageModel(SmallGPTPreTrainedModel):
         super().__init__(config)
         self.model = SmallGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = config.recurrent_type is not None
+        self._can_compile_fullgraph = not self._is_stateful
         self.post_init()
 
 
