@@ -162,8 +162,10 @@ class SafeCheckpoints:
     def load_process_state(self, state: dict) -> None:
         raise NotImplementedError
 
-    def train(self, resume_from_checkpoint: "bool | str | None" = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: "bool | str | None" = None, trial=None, **kwargs) -> TrainOutput:
         """As `Trainer.train`, but a fresh run needs an empty folder and a resumed one a whole checkpoint.
+
+        A trial of a search has a folder of its own in the one that the search has claimed.
 
         Resuming a finished run restores it and takes no step.
 
@@ -172,10 +174,10 @@ class SafeCheckpoints:
         """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.args.world_size)
         if checkpoint is None:
-            if self.is_world_process_zero():
+            if trial is None and self.is_world_process_zero():
                 claim_output_dir(self.args.output_dir, self.args.overwrite)
             self.accelerator.wait_for_everyone()
-            return super().train(**kwargs)
+            return super().train(trial=trial, **kwargs)
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if 0 < state.max_steps <= state.global_step and self.args.max_steps in (-1, state.max_steps):
             print(f"{checkpoint} is the end of its run ({state.global_step} steps): nothing left to train.")

@@ -64,6 +64,7 @@ FLOORS = [
         "rollouts",
         "sampling",
         "scorers",
+        "searching",
         "target_files",
         "reward_models",
         "text_models",

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..arguments import PolicyGradientConfig, suggest_options
-from ..divergences import get_divergence
-from ..evaluation import Scored
+from ..divergences import available_divergences, get_divergence
+from ..evaluation import LOG_NAMES, Scored
 from ..objectives import score_function_loss
 from ..reporting import warn_if_alike
 from ..rollouts import Rollouts
 from ..scoring import PolicyOutput
+from ..searching import Searchable
 from ..targets.base import Factor, Target
 from ..targets.reward import Reward
 from .policy_gradient import PolicyGradientTrainer
@@ -39,7 +40,7 @@ class GDCConfig(PolicyGradientConfig):
     _VALID_DICT_FIELDS = PolicyGradientConfig._VALID_DICT_FIELDS + ["divergence_kwargs"]
 
 
-class GDCTrainer(PolicyGradientTrainer):
+class GDCTrainer(Searchable, PolicyGradientTrainer):
     """Trains a policy to match `target` in the divergence `args.divergence`.
 
         target = Reference() * Pointwise("contains:dragon") * Moment("contains:she", 0.5)
@@ -50,6 +51,8 @@ class GDCTrainer(PolicyGradientTrainer):
     Raises:
         ValueError: also where the divergence is infinite on what a hard constraint forbids.
     """
+
+    searchable = ("num_iterations", "importance_clip", "reward_clip")
 
     def __init__(self, model, target: Factor, args: GDCConfig | None = None, **kwargs):
         args = GDCConfig(output_dir="gdc") if args is None else args
@@ -62,6 +65,10 @@ class GDCTrainer(PolicyGradientTrainer):
                 "Reward(feature, beta=0.1); or limit the pseudo-reward with reward_clip=10."
             )
         super().__init__(model, whole, args, **kwargs)
+
+    def search_metric(self) -> str:
+        name = self.divergence.name
+        return LOG_NAMES.get(name, name) if name in available_divergences() else LOG_NAMES["kl"]
 
     def pseudo_reward(self, log_t: Tensor) -> Tensor:
         reward = super().pseudo_reward(log_t)

@@ -36,9 +36,10 @@ from ..loading import disable_dropout
 from ..muon import MuonAdamW
 from ..pretrain_arguments import PretrainArguments, PretrainConfig
 from ..schedules import constant_with_drops, steps_of
+from ..searching import Searchable
 
 
-class PretrainingTrainer(SafeCheckpoints, Trainer):
+class PretrainingTrainer(Searchable, SafeCheckpoints, Trainer):
     """`transformers.Trainer` with exact sums in evaluation, Muon on request, and safe folders.
 
     `evaluate` gives `eval_nll_per_token`, in nats; for rows that are whole texts also `eval_nll_per_text`; and with
@@ -53,6 +54,7 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
     """
 
     args: PretrainConfig
+    searchable = ("muon", "decay_steps")
 
     def __init__(self, *args, whole_texts: bool = True, entropy: float | None = None, **kwargs):
         self.whole_texts, self.entropy = whole_texts, entropy
@@ -96,6 +98,9 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
             decay = {"num_decay_steps": steps_of(args.decay_steps, num_training_steps)}
             args.lr_scheduler_kwargs = decay | (args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def search_metric(self) -> str:
+        return "nll_per_token"
 
     def process_state(self) -> dict:
         return {}
