@@ -191,6 +191,13 @@ SAMPLING = {
         "help": "sample from the likeliest tokens of this mass (default 1: all)",
     },
 }
+TASK = {
+    "--task": {"help": "classification, summarisation, question_answering, translation or dialogue"},
+    "--prompt_template": {"help": "how a row's prompt is written, by its columns: '{text}\\nLabel:'"},
+    "--completion_template": {"help": "how its right completion is written: ' {label}'"},
+    "--labels": {"nargs": "+", "help": "of a classification (default: those of the data)"},
+    "--length_normalised": {"action": "store_true", "help": "choose labels by log-likelihood per token"},
+}
 LOADING = {
     "model": {"metavar": "MODEL", "help": "a path or an id of the Hub; an adapter too"},
     "--revision": {"default": "main", "help": "branch, tag or commit on the Hub"},
@@ -238,13 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         "hf-gdc evaluate outputs/gdc/model --data book.txt --features contains:dragon contains:she",
         LOADING,
         SAMPLING,
+        TASK,
     )
     command.add_argument("--data", help="text for perplexity, or a task's rows: a file, a Hub dataset, or `stories`")
-    command.add_argument("--task", help="classification, summarisation, question_answering, translation or dialogue")
-    command.add_argument("--prompt_template", help="how a row's prompt is written, by its columns: '{text}\\nLabel:'")
-    command.add_argument("--completion_template", help="how its right completion is written: ' {label}'")
-    command.add_argument("--labels", nargs="+", help="of a classification (default: those of the data)")
-    command.add_argument("--length_normalised", action="store_true", help="choose labels by log-likelihood per token")
     command.add_argument("--num_texts", type=int, default=1000, help="rows of it (default 1000)")
     command.add_argument("--max_length", type=int, default=512, help="tokens of a row that are read (default 512)")
     command.add_argument("--features", nargs="+", help="what to look for in samples: contains:dragon my.py:is_valid")

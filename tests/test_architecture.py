@@ -43,6 +43,7 @@ FLOORS = [
         "evaluation",
         "features",
         "frozen",
+        "generation_scores",
         "hub",
         "classifier_training",
         "loading",
@@ -78,7 +79,7 @@ FLOORS = [
     ["cli", "commands"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SIDEWAYS = {"targets.base", "trainers.policy_gradient", "trainers.gdc", "trainers.adversarial"}
+SIDEWAYS = {"targets.base", "trainers.policy_gradient", "trainers.gdc", "trainers.adversarial", "trainers.pretraining"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

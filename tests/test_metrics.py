@@ -267,6 +267,7 @@ print("done")
     home, cache = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     environment = {"HOME": str(home), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+    environment["MPLCONFIGDIR"] = str(cache)  # of torchmetrics, which imports matplotlib
     cut = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})" + code
     done = subprocess.run([sys.executable, "-c", code], env=cut | environment, capture_output=True, text=True)
