@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import letters, small_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -27,6 +29,7 @@ from hf_gdc.metrics import (
     self_bleu,
     self_bleu_scores,
 )
+from hf_gdc.metrics.embeddings import embedding_distance, text_encoder
 from hf_gdc.partition import DivergenceEstimator
 
 TEXTS = ["the cat sat on the mat", "the cat sat on a hat", "the the the the", "", "cat", "the cat sat on the mat"]
@@ -211,6 +214,11 @@ CALLS = {
         {"features": ["contains:cat", "length:words"], "confidence": 0.9},
     ),
     "divergences": (lambda **o: estimate_divergences(**LOGS, **o), LOGS, {"prompts": ["a", "b", "b", "a"]}),
+    "embedding_distance": (
+        lambda **o: {"embedding_distance": embedding_distance(TEXTS, TEXTS[::-1], **o)},
+        {"predictions": TEXTS, "references": TEXTS[::-1]},
+        {"model": text_encoder(small_gpt(pad_token_id=0).model, letters())},
+    ),
 }
 
 
@@ -248,13 +256,20 @@ for name in available_metrics():
         inputs = dict.fromkeys(["log_p", "policy_logp", "mixture_logp"], [-1.0])
     if name == "constraint_rates":
         inputs["features"] = "contains:cat"
+    if name == "embedding_distance":
+        from builders import letters, small_gpt
+        from hf_gdc.metrics.embeddings import text_encoder
+        inputs["references"] = inputs["predictions"][::-1]
+        inputs["model"] = text_encoder(small_gpt(pad_token_id=0).model, letters())
     assert load_metric(name).compute(**inputs) == evaluate.load(str(MODULES / name)).compute(**inputs)
 print("done")
 """
     home, cache = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     environment = {"HOME": str(home), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+    environment["MPLCONFIGDIR"] = str(cache)  # of torchmetrics, which imports matplotlib
     cut = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})" + code
     done = subprocess.run([sys.executable, "-c", code], env=cut | environment, capture_output=True, text=True)
     assert done.stdout.strip() == "done", done.stderr
     assert not list(home.iterdir())

@@ -13,15 +13,21 @@ from pathlib import Path
 from .constraints import constraint_rates
 from .divergences import estimate_divergences
 from .diversity import distinct_n, ngram_entropy
+from .overlap import answer_f1, bleu, chrf, exact_match, rouge
 from .self_bleu import self_bleu, self_bleu_scores
 
 __all__ = [
+    "answer_f1",
     "available_metrics",
+    "bleu",
+    "chrf",
     "constraint_rates",
     "distinct_n",
     "estimate_divergences",
+    "exact_match",
     "load_metric",
     "ngram_entropy",
+    "rouge",
     "self_bleu",
     "self_bleu_scores",
 ]
