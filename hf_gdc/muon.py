@@ -3,12 +3,15 @@
 `torch.optim.Muon` takes 2-D parameters alone. Here it steps the matrices of the hidden layers and AdamW the rest,
 behind one set of `param_groups` and one state, so that schedulers, accelerate and checkpoints see an ordinary
 optimizer. Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+Matrices of one shape are orthogonalised together: torch takes one after the other, which for small ones is mostly overhead.
 
 Left out: sharded parameters (FSDP, DeepSpeed), whose matrices no process holds whole.
 """
 
+from collections import defaultdict
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -19,6 +22,57 @@ def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     if head is not None:
         outside.add(id(head.weight))
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outside]
+
+
+def orthogonalise(updates_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """N matrices (R, C) with their singular values moved to about 1 by Newton-Schulz iterations, in bfloat16 as torch's."""
+    a, b, c = coefficients
+    x = updates_NRC.bfloat16()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=eps)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon with `adjust_lr_fn="match_rms_adamw"`, which takes the same steps with all matrices of one shape at once."""
+
+    LARGEST = 2**24  # elements of a batch: what it costs is memory for a few copies of them in bfloat16
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for part in self._batches(params):
+                shape = params[part[0]].shape
+                settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+                directions = orthogonalise(torch.stack([updates[i] for i in part]), *settings)
+                rate = group["lr"] * (0.2 * max(shape) ** 0.5)
+                torch._foreach_add_([params[i] for i in part], list(directions.unbind()), alpha=-rate)
+
+    def _batches(self, params: list[Tensor]) -> list[list[int]]:
+        """Their indices, in lists of one shape, device and type, none with more than LARGEST elements."""
+        alike = defaultdict(list)
+        for i, p in enumerate(params):
+            alike[p.shape, p.device, p.dtype].append(i)
+        batches = []
+        for (shape, *_), members in alike.items():
+            most = max(1, self.LARGEST // shape.numel())
+            batches += [members[i : i + most] for i in range(0, len(members), most)]
+        return batches
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -45,9 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         self._parts = [
-            torch.optim.Muon(
-                matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            BatchedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=0.0),
         ]
         super().__init__([group for part in self._parts for group in part.param_groups], {})

@@ -333,9 +333,10 @@ for path in sys.argv[1:]:
 
 
 def test_loads_as_remote_code_without_the_library(tmp_path):
-    for position in ("rotary", "learned"):
-        path = tmp_path / position
-        model, ids = make_model(position_embedding_type=position), make_ids()
+    kinds = {"rotary": {}, "learned": {"position_embedding_type": "learned"}, "gru": {"recurrent_type": "gru"}}
+    for name, options in kinds.items():
+        path = tmp_path / name
+        model, ids = make_model(**options), make_ids()
         model.save_pretrained(path)
         expected = {"ids": ids, "logits": model(ids).logits, "hidden": model.model(ids).last_hidden_state}
         expected["generated"] = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -347,7 +348,7 @@ def test_loads_as_remote_code_without_the_library(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "rotary"), str(tmp_path / "learned")],
+        [sys.executable, "-c", REMOTE, *(str(tmp_path / name) for name in kinds)],
         cwd=tmp_path,
         env=environment,
         check=True,

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 POSITION_EMBEDDING_TYPES = ("rotary", "learned", "sinusoidal")
 NORM_TYPES = ("rms", "layer")
 HIDDEN_ACTS = ("swiglu", "gelu")
+RECURRENT_TYPES = (None, "gru", "lstm")
 
 # Saving a model records only the class that was saved, but others are looked for (by vLLM, `AutoModel`).
 AUTO_MAP = {
@@ -48,6 +49,8 @@ class SmallGPTConfig(PreTrainedConfig):
         norm_type: `"rms"` or `"layer"`, applied before attention, before the MLP and at the end.
         norm_eps: added to the variance.
         hidden_act: `"swiglu"`, a linear unit gated by SiLU (Shazeer 2020, 2002.05202), or `"gelu"`.
+        recurrent_type: `"gru"` or `"lstm"` adds a recurrent layer of width `hidden_size` over the features of the last
+            layer; then padding stands on the left where there is a cache, and a row holds one sequence. `None`: none.
         attention_dropout: dropout of the attention weights.
         residual_dropout: dropout of what attention and MLP add to the residual stream.
         embedding_dropout: dropout of the embedded tokens, positions included.
@@ -93,6 +96,7 @@ class SmallGPTConfig(PreTrainedConfig):
     norm_type: str = "rms"
     norm_eps: float = 1e-6
     hidden_act: str = "swiglu"
+    recurrent_type: str | None = None
     attention_dropout: int | float = 0.0
     residual_dropout: int | float = 0.0
     embedding_dropout: int | float = 0.0
@@ -114,9 +118,11 @@ class SmallGPTConfig(PreTrainedConfig):
         if self.hidden_act != "swiglu":
             plan = self.base_model_tp_plan
             self.base_model_tp_plan = {name: split for name, split in plan.items() if "gate_proj" not in name}
-        if self.position_embedding_type != "rotary":
+        if self.position_embedding_type != "rotary" or self.recurrent_type is not None:
             # A later stage of the pipeline enters with `inputs_embeds` and would add the positions again.
             self.base_model_pp_plan = None
+        if self.recurrent_type is not None:  # what caches go by: the last layer's also keeps a recurrent state
+            kwargs["layer_types"] = ["full_attention"] * (self.num_hidden_layers - 1) + ["hybrid"]
         kwargs["auto_map"] = AUTO_MAP | kwargs.get("auto_map", {})
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, because `strict` wraps what it raises in an error of its own
@@ -134,6 +140,7 @@ class SmallGPTConfig(PreTrainedConfig):
             ("position_embedding_type", POSITION_EMBEDDING_TYPES),
             ("norm_type", NORM_TYPES),
             ("hidden_act", HIDDEN_ACTS),
+            ("recurrent_type", RECURRENT_TYPES),
         ):
             self._require(getattr(self, name) in known, name, f"choose one of {', '.join(map(repr, known))}")
 
@@ -147,6 +154,8 @@ class SmallGPTConfig(PreTrainedConfig):
             self._require(head_dim % 2 == 0, "hidden_size", fix)
         if self.position_embedding_type == "sinusoidal":
             self._require(self.hidden_size % 2 == 0, "hidden_size", "sinusoidal positions need it even")
+        if self.recurrent_type is not None:
+            self._require(self.is_causal, "recurrent_type", "it reads from left to right, so set is_causal=True")
 
     def _require(self, holds: bool, name: str, fix: str):
         if not holds:

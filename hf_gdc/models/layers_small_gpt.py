@@ -192,3 +192,6 @@ class SmallGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, ResidualLinear):
             num_writers = 2 * self.config.num_hidden_layers
             init.normal_(module.weight, std=self.config.initializer_range / num_writers**0.5)
+        if isinstance(module, nn.GRU | nn.LSTM):
+            for weight in module.parameters():
+                init.uniform_(weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)  # torch's own

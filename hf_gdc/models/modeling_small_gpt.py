@@ -38,6 +38,7 @@ from .layers_small_gpt import (
     frequencies,
     last_token,
 )
+from .recurrent_small_gpt import SmallGPTRecurrence, split_masks
 
 
 class SmallGPTModel(SmallGPTPreTrainedModel):
@@ -51,6 +52,8 @@ class SmallGPTModel(SmallGPTPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(SmallGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        if config.recurrent_type is not None:
+            self.recurrence = SmallGPTRecurrence(config)
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -88,23 +91,19 @@ class SmallGPTModel(SmallGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        attention_mask, padding_mask = split_masks(attention_mask)
         # The caller's position_ids, or None: only theirs may mean several sequences packed into one row.
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = default_positions(inputs_embeds, attention_mask, past_key_values)
         hidden_BTW, rotary = self._add_positions(inputs_embeds, position_ids)
         hidden_BTW = self.dropout(hidden_BTW)
+        shared = {"position_ids": position_ids, "past_key_values": past_key_values, "rotary": rotary}
         for layer in self.layers:
-            hidden_BTW = layer(
-                hidden_BTW,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                rotary=rotary,
-                **kwargs,
-            )
-        hidden_BTW = self.norm(hidden_BTW)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTW, past_key_values=past_key_values)
+            hidden_BTW = layer(hidden_BTW, attention_mask=mask, **shared, **kwargs)
+        if self.config.recurrent_type is not None:
+            hidden_BTW = self.recurrence(hidden_BTW, padding_mask, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTW), past_key_values=past_key_values)
 
     def _add_positions(self, embeds_BTW: Tensor, position_ids: Tensor):
         """-> the layers' input (B, T, W), and what rotary attention needs in every layer, else None."""
@@ -140,6 +139,8 @@ class SmallGPTLanguageModel(SmallGPTPreTrainedModel):
         super().__init__(config)
         self.model = SmallGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = config.recurrent_type is not None
+        self._can_compile_fullgraph = not self._is_stateful
         self.post_init()
 
 

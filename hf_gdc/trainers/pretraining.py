@@ -3,96 +3,39 @@
 A text is one row, BOS text EOS; with `packing` the texts are one stream, cut into blocks. On the embedded stories the
 validation loss has a known floor, and what is above it is KL(grammar || model).
 
-Left out: streaming data, several languages in one run, anything but next-token prediction.
+Left out: several languages in one run, anything but next-token prediction.
 """
 
-import json
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import stories
-from ..arguments import check_options, suggest_options
+from ..arguments import check_options
 from ..checkpoints import SafeCheckpoints
-from ..data import char_tokenizer, load_text, train_tokenizer, word_tokenizer
+from ..data import Rows, char_tokenizer, load_text, train_tokenizer, word_tokenizer
 from ..encoding import IGNORED_LABEL, RightPadCollator, tokenize_blocks, tokenize_rows
 from ..loading import disable_dropout
 from ..muon import MuonAdamW
-
-
-@suggest_options
-@dataclass
-class PretrainArguments:
-    """What to learn from and what to build."""
-
-    data: str = field(
-        default="stories",
-        metadata={"help": 'Text: "stories", a .txt or .jsonl file, a folder, or a dataset of the Hub.'},
-    )
-    num_stories: int = field(default=20_000, metadata={"help": 'How many stories to sample if data is "stories".'})
-    validation_percent: int = field(default=5, metadata={"help": "The last so many percent are held out."})
-    tokenizer: str = field(
-        default="bpe",
-        metadata={"help": '"bpe", "word" or "char", trained on the data, or the path or id of a tokenizer.'},
-    )
-    vocab_size: int = field(default=768, metadata={"help": 'Most tokens of a "bpe" tokenizer.'})
-    max_length: int = field(default=48, metadata={"help": "Tokens of a row: longer texts are cut, blocks are as long."})
-    packing: bool | None = field(
-        default=None, metadata={"help": "Cut the stream of all texts into blocks. Default: for a .txt file alone."}
-    )
-    model_type: str = field(
-        default="small_gpt", metadata={"help": "small_gpt or any causal model type of transformers, such as gpt2."}
-    )
-    model_kwargs: dict | str | None = field(
-        default=None, metadata={"help": 'Its configuration, a JSON object: {"n_embd": 128, "n_layer": 4, "n_head": 4}.'}
-    )
-
-    def __post_init__(self):
-        if isinstance(self.model_kwargs, str):
-            self.model_kwargs = json.loads(self.model_kwargs)
-        if self.packing is None:
-            self.packing = self.data.endswith(".txt")
-        if not 1 <= self.validation_percent <= 99:
-            raise ValueError(f"validation_percent must be from 1 to 99, but is {self.validation_percent}.")
-
-
-@suggest_options
-@dataclass
-class PretrainConfig(TrainingArguments):
-    """`TrainingArguments` with defaults for small models trained from scratch."""
-
-    learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate, of Muon and AdamW alike."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1: their share of the run."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows per process and step."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Rows per process at once in evaluation."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay of squared gradients."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
-    muon: bool = field(
-        default=True, metadata={"help": "Muon for the hidden matrices and AdamW for the rest; false: `optim` for all."}
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch dropout off, whatever the model type's default."}
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Start in an output_dir that is not empty: its checkpoints are deleted, files replaced."},
-    )
+from ..pretrain_arguments import PretrainArguments, PretrainConfig
+from ..schedules import constant_with_drops, steps_of
 
 
 class PretrainingTrainer(SafeCheckpoints, Trainer):
@@ -118,6 +61,8 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
             raise ValueError(
                 "Muon needs whole matrices, and FSDP and DeepSpeed shard them: set muon=False (`--muon false`)."
             )
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
 
     def _totals(self, prediction: EvalPrediction) -> dict[str, float]:
         nll_B, tokens_B = prediction.predictions.astype("float64").T
@@ -139,6 +84,18 @@ class PretrainingTrainer(SafeCheckpoints, Trainer):
                 weight_decay=args.weight_decay,
             )
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        args = self.args
+        if args.lr_drops is not None and self.lr_scheduler is None:
+            warmup = args.get_warmup_steps(num_training_steps) if args.lr_scheduler_type != "constant" else 0
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = constant_with_drops(optimizer, warmup, num_training_steps, args.lr_drops)
+            self._created_lr_scheduler = True
+        if args.lr_scheduler_type == "warmup_stable_decay":
+            decay = {"num_decay_steps": steps_of(args.decay_steps, num_training_steps)}
+            args.lr_scheduler_kwargs = decay | (args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def process_state(self) -> dict:
         return {}
@@ -204,14 +161,34 @@ def build_model(options: PretrainArguments, tokenizer: PreTrainedTokenizerBase) 
     return AutoModelForCausalLM.from_config(config)
 
 
+def load_parts(options: PretrainArguments, args: PretrainConfig) -> tuple[Rows, Dataset, Dataset]:
+    """-> (training rows, or a stream of them; validation rows; rows to train a tokenizer on).
+
+    Raises:
+        ValueError: a stream without `max_steps`, or too short to hold something out.
+    """
+    load = partial(load_text, options.data, num_stories=options.num_stories, seed=args.seed)
+    if not options.streaming:
+        split = 100 - options.validation_percent
+        train, validation = load(f"train[:{split}%]"), load(f"train[{split}%:]")
+        return train, validation, train
+    if args.max_steps < 1:
+        raise ValueError("a stream has no known end: set max_steps (`--max_steps 1000`).")
+    stream = load("train", streaming=True)
+    train = stream.skip(options.validation_rows)
+    validation, first = (
+        Dataset.from_list(list(part))
+        for part in (stream.take(options.validation_rows), train.take(options.tokenizer_rows))
+    )
+    if not len(first):
+        raise ValueError(f"{options.data!r} has but {len(validation)} rows, all held out: lower validation_rows.")
+    return train.shuffle(seed=args.seed, buffer_size=options.shuffle_buffer), validation, first
+
+
 def build_trainer(options: PretrainArguments, args: PretrainConfig) -> PretrainingTrainer:
     """Data, tokenizer and model, put together: the same on every process."""
-    split = 100 - options.validation_percent
-    train, validation = (
-        load_text(options.data, part, num_stories=options.num_stories, seed=args.seed)
-        for part in (f"train[:{split}%]", f"train[{split}%:]")
-    )
-    tokenizer = build_tokenizer(options, train)
+    train, validation, first = load_parts(options, args)
+    tokenizer = build_tokenizer(options, first)
     tokenize = tokenize_blocks if options.packing else tokenize_rows
     set_seed(args.seed)
     model = build_model(options, tokenizer)

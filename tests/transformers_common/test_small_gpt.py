@@ -139,3 +139,13 @@ class BidirectionalTest(modeling.ModelTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = Shape(self, is_causal=False)
+
+
+class RecurrentTest(modeling.ModelTesterMixin, training.TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = (SmallGPTModel, SmallGPTForCausalLM, SmallGPTForSequenceClassification)
+    all_generative_model_classes = ()
+    test_can_init_all_missing_weights_before_2023 = True  # else it is skipped for files without a year of copyright
+    model_tester = None
+
+    def setUp(self):
+        self.model_tester = Shape(self, recurrent_type="gru")
