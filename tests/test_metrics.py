@@ -242,14 +242,17 @@ def test_load_metric_takes_lists_of_tokens(tmp_path):
 
 def test_offline_and_nothing_in_the_home(tmp_path):
     """In a process without a network: load_metric, and evaluate.load on the folders, write below HF_HOME alone."""
-    assert available_metrics() == sorted(CALLS)
+    images = {"fid_lenet", "kid_lenet", "inception_score", "precision_recall"}  # tests/test_image_metrics.py
+    assert set(available_metrics()) == set(CALLS) | images
     code = """
 import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.getaddrinfo = socket.create_connection = refuse
-import evaluate
+import evaluate, torch
 from hf_gdc import load_metric
+from hf_gdc.images.classifier import LeNet
 from hf_gdc.metrics import MODULES, available_metrics
+classifier, some, others = LeNet(8), *torch.rand(2, 5, 1, 8, 8)
 for name in available_metrics():
     inputs = {"predictions": ["the cat sat on the mat", "the cat sat on a hat", ""]}
     if name == "divergences":
@@ -261,13 +264,17 @@ for name in available_metrics():
         from hf_gdc.metrics.embeddings import text_encoder
         inputs["references"] = inputs["predictions"][::-1]
         inputs["model"] = text_encoder(small_gpt(pad_token_id=0).model, letters())
+    if name in IMAGES:
+        inputs = {"predictions": some, "references": others, "classifier": classifier}
+        if name == "inception_score":
+            inputs.pop("references")
     assert load_metric(name).compute(**inputs) == evaluate.load(str(MODULES / name)).compute(**inputs)
 print("done")
-"""
+""".replace("IMAGES", repr(images))
     home, cache = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     environment = {"HOME": str(home), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-    environment["MPLCONFIGDIR"] = str(cache)  # of torchmetrics, which imports matplotlib
+    environment["MPLCONFIGDIR"] = str(cache)  # torchmetrics imports matplotlib, which has a folder of its own
     cut = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})" + code
     done = subprocess.run([sys.executable, "-c", code], env=cut | environment, capture_output=True, text=True)

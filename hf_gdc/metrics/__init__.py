@@ -1,4 +1,4 @@
-"""Metrics of texts and samples, as pure functions, and each as a module of Hugging Face's `evaluate`.
+"""Metrics of texts, images and samples, as pure functions, and each as a module of Hugging Face's `evaluate`.
 
     self_bleu(texts)                                   the pure function
     load_metric("self_bleu").compute(predictions=texts)    the same through evaluate, in a dictionary
