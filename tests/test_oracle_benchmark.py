@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 ORACLE = Path(__file__).parents[1] / "recipes" / "benchmarks" / "oracle"
 sys.path.insert(0, str(ORACLE))
 
+import energies  # noqa: E402
 import frontier as frontiers  # noqa: E402
 import language  # noqa: E402
 import methods  # noqa: E402
@@ -147,3 +148,59 @@ def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     )
     assert not torch.equal(weights, gan.get_output_embeddings().weight)
     assert float(language.nll(gan, words[200:]).mean()) == pytest.approx(middle, abs=0.2)
+
+
+def test_pairs_are_smoothed_towards_the_words_own_frequencies():
+    found = energies.pair_probabilities(torch.tensor([[1, 1, 2], [1, 1, 1]]), vocab_size=4, discount=0.5)
+    own = torch.tensor([0.5, 5.5, 1.5, 0.5]) / 8
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 1.5, 0.0, 0.0]) / 2 + 0.25 * own)  # 0 -> 1 twice
+    torch.testing.assert_close(found[1], torch.tensor([0.0, 2.5, 0.5, 0.0]) / 4 + 0.25 * own)  # 1 -> 1, 1, 1, 2
+    torch.testing.assert_close(found[3], own)  # never seen
+
+
+def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(generator):
+    words = language.sample(generator, 100, seed=1)
+    mixture = energies.MixtureLM(generator, energies.pair_probabilities(words, WORDS, 0.9), 0.3)
+    ids = torch.cat([torch.zeros(4, 1, dtype=torch.long), words[:4]], 1)[:, :-1]
+    with torch.no_grad():
+        own, mixed = generator(ids).logits.softmax(-1), mixture(ids).logits.exp()
+    torch.testing.assert_close(mixed, 0.7 * own + 0.3 * mixture.pairs_VV[ids])
+    sampler = energies.EnergySampler(language.make_tokenizer(WORDS), mixture)
+    rollouts = sampler(None, ["0"] * 8)
+    scored = -language.nll(mixture, rollouts.completion_ids_BT) * language.LENGTH
+    assert rollouts.sampler_logp_B.tolist() == pytest.approx(scored.tolist(), rel=1e-5)
+    residual = energies.ResidualEnergy(mixture, generator)(rollouts)[:, 0]
+    reference = -language.nll(generator, rollouts.completion_ids_BT) * language.LENGTH
+    assert residual.tolist() == pytest.approx((scored - reference).tolist(), abs=1e-3)
+
+
+def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_path, oracle, monkeypatch):
+    words, losses = language.sample(oracle, 300, seed=1), []
+    plain = energies.SampledEnergyTrainer.sample_losses
+
+    def watched(trainer, model, rollouts):
+        loss_B, out = plain(trainer, model, rollouts)
+        ids_BT = torch.cat([rollouts.prompt_ids_BP, rollouts.completion_ids_BT[:, :-1]], 1)
+        with torch.no_grad():
+            p = trainer.discriminator.network.model(ids_BT).logits.exp()
+            wanted_B = -(p * trainer.model(ids_BT).logits.log_softmax(-1)).sum((1, 2))
+        losses.append((loss_B.detach(), wanted_B))
+        return loss_B, out
+
+    monkeypatch.setattr(energies.SampledEnergyTrainer, "sample_losses", watched)
+    start = methods.make_generator("lstm", 0, WORDS)
+    methods.train_unified(start, words[:200], words[200:], tmp_path, 0, steps=3, per_device_train_batch_size=16)
+    assert len(losses) == 3
+    for found_B, wanted_B in losses:
+        torch.testing.assert_close(found_B, wanted_B, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_unified_training_learns_what_the_counts_know(tmp_path, oracle):
+    """Of 700 sequences maximum likelihood learns some by heart; pulled to the mixture, the generator knows unseen ones better."""
+    words = language.sample(oracle, 2000, seed=1)
+    train, unseen = words[:700], words[1500:]
+    mle = methods.train_mle(methods.make_generator("lstm", 0, WORDS), train, unseen, tmp_path / "mle", 0)
+    before = float(language.nll(mle, unseen).mean())
+    trained = methods.train_unified(mle, train, unseen, tmp_path / "unified", 0, steps=60)
+    assert float(language.nll(trained, unseen).mean()) < before - 0.005

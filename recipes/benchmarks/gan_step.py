@@ -106,9 +106,7 @@ def trainer_rate(policy, discriminator, texts: Dataset, tokenizer, folder: Path)
         disable_tqdm=True,
     )
     clock, critic = Clock(), Discriminator(discriminator, dense=True, batch_size=SAMPLES)
-    trainer = GANTrainer(
-        policy, critic, args=args, train_dataset=texts, processing_class=tokenizer, callbacks=[clock]
-    )
+    trainer = GANTrainer(policy, critic, args=args, train_dataset=texts, processing_class=tokenizer, callbacks=[clock])
     trainer.train()
     return STEPS * SAMPLES / clock.seconds
 

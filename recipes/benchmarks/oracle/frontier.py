@@ -8,9 +8,8 @@ Left out: the plot (`report`). Shapes: A alphas, B sequences, T words, N words o
 """
 
 import torch
-from torch import Tensor
-
 from language import START, nll, sample
+from torch import Tensor
 
 ALPHAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from lstm import LSTMConfig, LSTMForCausalLM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_gdc.sampling import TransformersSampler
 from hf_gdc.scoring import Scorer
-from lstm import LSTMConfig, LSTMForCausalLM
-from torch import Tensor
 
 VOCABULARY, LENGTH, START = 5000, 20, 0
 GATES = "ifgo"  # torch's order

@@ -94,7 +94,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> LSTMOutput:
-        """Logits after each token (the last `logits_to_keep`; 0: all), or with `labels` (B, T) the loss of labels[:, 1:] alone."""
+        """Logits after each token (the last `logits_to_keep`; 0: all); with `labels` (B, T) the loss of labels[:, 1:] alone."""
         out = self.model(input_ids, state)
         if labels is None:
             return LSTMOutput(logits=self.lm_head(out.last_hidden_state[:, -logits_to_keep:]), state=out.state)

@@ -5,9 +5,14 @@ Each takes the generator's start and the training sequences, and gives the train
 Left out: how they are judged (`frontier`). Shapes: B sequences, T words.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from energies import ResidualEnergy, SampledEnergyTrainer, frozen, make_energy
+from language import LENGTH, START, VOCABULARY, as_dataset, make_tokenizer
+from lstm import LSTMConfig, LSTMForCausalLM
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,9 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_gdc import Discriminator, GANConfig, GANTrainer, SmallGPTConfig, SmallGPTForCausalLM
-from language import LENGTH, START, VOCABULARY, as_dataset, make_tokenizer
-from lstm import LSTMConfig, LSTMForCausalLM
+from hf_gdc import Discriminator, GANConfig, GANTrainer, SmallGPTConfig, SmallGPTForCausalLM, UnifiedConfig
 
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "overwrite": True}
 
@@ -146,5 +149,77 @@ def train_gan(
     return trainer.model
 
 
+def train_unified(
+    model: PreTrainedModel, train_BT: Tensor, validation_BT: Tensor, folder: Path, seed: int, steps: int, **options
+) -> PreTrainedModel:
+    """The generator and an energy beside its start, each moved towards the other, the energy also towards the data."""
+    defaults = {
+        "per_device_train_batch_size": 128,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "linear",
+        "discriminator_learning_rate": 1e-5,
+        "data_weight": 1.0,
+        "max_grad_norm": 5.0,
+    }
+    args = UnifiedConfig(
+        output_dir=str(folder),
+        seed=seed,
+        divergence="kl",
+        max_steps=steps,
+        num_generations=1,
+        max_completion_length=LENGTH,
+        per_device_eval_batch_size=512,
+        save_strategy="no",
+        **QUIET,
+        **defaults | options,
+    )
+    reference = frozen(model)
+    energy = make_energy(reference, train_BT, validation_BT)
+    trainer = SampledEnergyTrainer(
+        model,
+        Discriminator(ResidualEnergy(energy, reference)),
+        args=args,
+        train_dataset=as_dataset(train_BT),
+        processing_class=make_tokenizer(model.config.vocab_size),
+    )
+    trainer.train()
+    return trainer.model
+
+
 def load_generator(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+# ---- the parts of the benchmark ----
+
+
+@dataclass
+class Method:
+    """`train(benchmark, seed, folder)` gives the generator; it may load what the method `start` left for that seed."""
+
+    train: Callable[..., PreTrainedModel]
+    start: str | None = None
+
+
+def _mle(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    start = make_generator(benchmark.generator, seed)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed)
+
+
+def _mle_long(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    """As SeqGAN pretrains its generator: until NLL_oracle is least, long after NLL_gen is."""
+    start = make_generator(benchmark.generator, seed)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=40, patience=40)
+
+
+def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    start = load_generator(benchmark.folder(seed, "mle") / "model")
+    return train_gan(start, benchmark.train, folder / "run", seed, steps=120)
+
+
+def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    start = load_generator(benchmark.folder(seed, "mle") / "model")
+    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=100)
+
+
+METHODS = {"mle": Method(_mle), "gan": Method(_gan, start="mle"), "unified": Method(_unified, start="mle")}
