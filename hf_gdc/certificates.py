@@ -120,15 +120,17 @@ def write_custom_generate(folder: Path, target, settings: dict) -> None:
     code = folder / "custom_generate"
     code.mkdir(exist_ok=True)
     package = Path(__file__).parent
-    for file in {package / "features.py", *map(Path, get_relative_import_files(package / "features.py"))}:
-        shutil.copy(file, code / file.name)
-    shutil.copy(package / "rollouts.py", code)
+    _copy_with_siblings(package / "features.py", code)
     shutil.copy(package / "custom_generate.py", code / "certified_sampling.py")
     (code / "generate.py").write_text(GENERATE)
     imports, entries = ["from .features import Feature"], []
     for n, (name, source) in enumerate(sources.items()):
         if source is None:
-            entries.append(f"    {name!r}: Feature({features[name].spec!r}, {name!r}),")
+            ready, _, argument = features[name].spec.partition(":")
+            module, _, function = READY[ready].rpartition(":")
+            _copy_with_siblings(package / f"{module.replace('.', '/')}.py", code)
+            imports.append(f"from .{module.rpartition('.')[2]} import {function} as function_{n}")
+            entries.append(f"    {name!r}: Feature(function_{n}({repr(argument) if argument else ''}), {name!r}),")
             continue
         module = f"features_{n}_{re.sub(r'[^A-Za-z0-9_]', '_', source.stem)}"
         shutil.copy(source, code / f"{module}.py")
@@ -138,6 +140,11 @@ def write_custom_generate(folder: Path, target, settings: dict) -> None:
     text = ['"""What this sampler is certified for; written by QuasiRejectionSampler.save_pretrained."""', "", *imports]
     text += ["", "FEATURES = {", *entries, "}", f"SETTINGS = {literal}", ""]
     (code / "settings.py").write_text("\n".join(text))
+
+
+def _copy_with_siblings(file: Path, code: Path) -> None:
+    for source in {file, *map(Path, get_relative_import_files(file))}:
+        shutil.copy(source, code)
 
 
 def write_card(folder: Path, formula: str, how: str, rows: list[dict], reference: dict | None) -> None:

@@ -96,16 +96,20 @@ def _generate(model, tokenizer, rows: list[list[int]], options: argparse.Namespa
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Print perplexity and next-token accuracy on text, and rates of features in samples, each with its interval."""
+    """Print perplexity and next-token accuracy on text or a task's scores, and rates of features in samples, with intervals."""
     import json
 
     from .text_scores import text_scores
 
     if options.data is None and not options.features:
-        raise ValueError("evaluate what? Give --data TEXT, --features contains:dragon, or both.")
+        raise ValueError(
+            "evaluate what? Give --data TEXT (with --task, its rows), --features contains:dragon, or both."
+        )
     model, tokenizer = load(options)
     found = {}
-    if options.data is not None:
+    if options.task is not None:
+        found |= _task_scores(model, tokenizer, options)
+    elif options.data is not None:
         from .data import load_text
 
         texts = load_text(
@@ -118,6 +122,23 @@ def evaluate(options: argparse.Namespace) -> int:
         print(f"{name:40} {value:.4g}")
     print(json.dumps(found))
     return 0
+
+
+def _task_scores(model, tokenizer, options: argparse.Namespace) -> dict[str, float]:
+    from datasets import Dataset
+
+    from .data import load_rows
+    from .story_tasks import story_task
+    from .task_scores import task_scores
+    from .tasks import get_task
+
+    task = get_task(options.task, options.prompt_template, options.completion_template)
+    if options.data == "stories":
+        rows = Dataset.from_list(story_task(options.task, options.num_texts, options.seed))
+    else:
+        rows = load_rows(options.data, f"train[:{options.num_texts}]")
+    chosen = (options.labels, options.length_normalised, options.max_length, options.max_new_tokens, options.batch_size)
+    return task_scores(model, tokenizer, rows, task, *chosen)
 
 
 def _feature_rates(model, tokenizer, options: argparse.Namespace) -> dict[str, float]:
@@ -170,6 +191,13 @@ SAMPLING = {
         "help": "sample from the likeliest tokens of this mass (default 1: all)",
     },
 }
+TASK = {
+    "--task": {"help": "classification, summarisation, question_answering, translation or dialogue"},
+    "--prompt_template": {"help": "how a row's prompt is written, by its columns: '{text}\\nLabel:'"},
+    "--completion_template": {"help": "how its right completion is written: ' {label}'"},
+    "--labels": {"nargs": "+", "help": "of a classification (default: those of the data)"},
+    "--length_normalised": {"action": "store_true", "help": "choose labels by log-likelihood per token"},
+}
 LOADING = {
     "model": {"metavar": "MODEL", "help": "a path or an id of the Hub; an adapter too"},
     "--revision": {"default": "main", "help": "branch, tag or commit on the Hub"},
@@ -217,8 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         "hf-gdc evaluate outputs/gdc/model --data book.txt --features contains:dragon contains:she",
         LOADING,
         SAMPLING,
+        TASK,
     )
-    command.add_argument("--data", help="text for perplexity: a file, a Hub dataset, or `stories`")
+    command.add_argument("--data", help="text for perplexity, or a task's rows: a file, a Hub dataset, or `stories`")
     command.add_argument("--num_texts", type=int, default=1000, help="rows of it (default 1000)")
     command.add_argument("--max_length", type=int, default=512, help="tokens of a row that are read (default 512)")
     command.add_argument("--features", nargs="+", help="what to look for in samples: contains:dragon my.py:is_valid")

@@ -3,6 +3,8 @@
 Left out: ids and rows (`encoding`), the order of prompts (`prompt_order`), and filtering or mixing (`datasets` itself).
 """
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -69,6 +71,14 @@ def load_preferences(
     return _checked(_load(source, split, False, rows), source, ("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 
 
+def load_rows(source: str, split: str = "train") -> Dataset:
+    """Rows with whatever columns they have, from a `.csv`, `.jsonl` or `.json` file, a folder or the Hub; see `load_text`."""
+    dataset = _load(source, split, False, None)
+    if not len(dataset):
+        raise ValueError(f"{source!r} has no rows in the split or slice that was asked for")
+    return dataset
+
+
 def _checked(dataset: Rows, source: str, *alternatives: tuple[str, ...]) -> Rows:
     """The dataset, if it has all columns of one alternative, as text or as chat messages."""
     first = next(iter(dataset), None)
@@ -113,8 +123,12 @@ def _load(source: str, split: str, streaming: bool, rows: list[dict] | None) -> 
         rows = list(_read_json(path))
         start, stop = _slice(split, len(rows), source)
         dataset = Dataset.from_list(rows[start:stop])
+    elif path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+        start, stop = _slice(split, len(rows), source)
+        dataset = Dataset.from_list(rows[start:stop])
     elif path.is_file():
-        raise ValueError(f"{source!r}: a file must end in .txt, .jsonl or .json; load others with `datasets`")
+        raise ValueError(f"{source!r}: a file must end in .txt, .jsonl, .json or .csv; load others with `datasets`")
     else:
         name, _, config = (source, "", "") if path.is_dir() else source.partition(":")
         try:

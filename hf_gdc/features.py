@@ -31,16 +31,17 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from .images.features import brightness, column, image_class
-from .ready_features import contains, count, cut, length, max_words, regex, starts_with
-from .reward_models import reward_model
 from .rollouts import Rollouts
-from .scorers import spelt_classifier, spelt_similarity, vader
 
-_HERE = (contains, regex, count, starts_with, max_words, length, cut, vader, brightness, image_class, column)
+# name -> module:function, imported when it is used: an exported sampler carries only what its features need
+READY = {
+    name: f"ready_features:{name}"
+    for name in ("contains", "regex", "count", "starts_with", "max_words", "length", "cut")
+}
+READY |= {"vader": "scorers:vader", "classifier": "scorers:spelt_classifier", "similarity": "scorers:spelt_similarity"}
+READY |= {"reward_model": "reward_models:reward_model"}
+READY |= {name: f"images.features:{name}" for name in ("brightness", "image_class", "column")}
 ALONE = ("length", "brightness")  # need no argument
-READY: dict[str, Callable] = {f.__name__: f for f in _HERE}
-READY |= {"classifier": spelt_classifier, "reward_model": reward_model, "similarity": spelt_similarity}
 # of arguments, for messages
 EXAMPLES = {"max_words": "20", "cut": "0", "vader": "compound", "classifier": "org/model=positive"}
 EXAMPLES |= {"reward_model": "org/model", "similarity": "org/encoder=texts.txt"}
@@ -190,7 +191,9 @@ def _load(spec: str) -> Callable:
     if source in READY:
         if not argument and source not in ALONE:
             raise ValueError(f"feature {spec!r} needs an argument, such as {source}:{EXAMPLES.get(source, 'dragon')}.")
-        return READY[source](argument) if argument else READY[source]()
+        module, _, name = READY[source].partition(":")
+        make = getattr(importlib.import_module(f".{module}", __package__), name)
+        return make(argument) if argument else make()
     path, colon, name = spec.rpartition(":")
     if not colon:
         raise ValueError(

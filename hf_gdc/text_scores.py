@@ -14,7 +14,6 @@ from .data import Rows
 from .encoding import IGNORED_LABEL, RightPadCollator, tokenize_rows
 
 
-@torch.no_grad()
 def text_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Rows, max_length: int, batch_size: int = 64
 ) -> dict[str, float]:
@@ -34,15 +33,7 @@ def text_scores(
     rows = tokenize_rows(texts, tokenizer, max_length)
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} text has no interval: give at least two, or cut the one into rows.")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    collate = RightPadCollator(pad)
-    parts = [
-        _sums(model, {name: value.to(model.device) for name, value in collate(part).items()})
-        for part in (
-            rows.select(range(i, min(i + batch_size, len(rows)))).to_list() for i in range(0, len(rows), batch_size)
-        )
-    ]
-    nats_N, hits_N, tokens_N = torch.cat(parts, dim=1).double().cpu()
+    nats_N, hits_N, tokens_N = row_sums(model, tokenizer, rows, batch_size)
     mean = float(nats_N.sum() / tokens_N.sum())
     stderr = float((nats_N - mean * tokens_N).std() / len(nats_N) ** 0.5 / tokens_N.mean())
     return {
@@ -55,6 +46,20 @@ def text_scores(
         "texts": len(nats_N),
         "tokens": int(tokens_N.sum()),
     }
+
+
+@torch.no_grad()
+def row_sums(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, batch_size: int) -> Tensor:
+    """(3, N) float64 on the CPU, of rows from `tokenize_rows`: each row's nats, tokens predicted right, and tokens."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    collate = RightPadCollator(pad)
+    parts = [
+        _sums(model, {name: value.to(model.device) for name, value in collate(part).items()})
+        for part in (
+            rows.select(range(i, min(i + batch_size, len(rows)))).to_list() for i in range(0, len(rows), batch_size)
+        )
+    ]
+    return torch.cat(parts, dim=1).double().cpu()
 
 
 def _sums(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

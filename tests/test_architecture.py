@@ -36,6 +36,7 @@ FLOORS = [
         "actors",
         "adapters",
         "vocabularies",
+        "chains",
         "checkpoints",
         "critics",
         "data",
@@ -43,6 +44,7 @@ FLOORS = [
         "evaluation",
         "features",
         "frozen",
+        "generation_scores",
         "hub",
         "classifier_training",
         "loading",
@@ -68,7 +70,11 @@ FLOORS = [
         "target_files",
         "reward_models",
         "text_models",
+        "story_tasks",
+        "task_scores",
+        "tasks",
         "text_scores",
+        "two_sample",
         "vllm_sampler",
     ],
     ["targets", "adversarial.demonstrations", "replay", "quasi_rejection", "images.sampling"],
@@ -76,7 +82,7 @@ FLOORS = [
     ["cli", "commands"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SIDEWAYS = {"targets.base", "trainers.policy_gradient", "trainers.gdc", "trainers.adversarial"}
+SIDEWAYS = {"targets.base", "trainers.policy_gradient", "trainers.gdc", "trainers.adversarial", "trainers.pretraining"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -29,6 +29,7 @@ def reaches(trainer, log_p) -> None:
     assert min(adversaries.distances(trainer, log_p)) > FAR
     trainer.train()
     kl, js = adversaries.distances(trainer, log_p)
+    print(f"KL(p_true, pi) {kl:.4f}, JS {js:.4f}")  # pytest -rP shows them
     assert kl < CLOSE and js < CLOSE, (kl, js)
 
 

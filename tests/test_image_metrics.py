@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_gdc import Moment, Policy
+from hf_gdc import Moment, Policy, load_metric
 from hf_gdc.classifier_training import train_classifier
 from hf_gdc.features import Feature
 from hf_gdc.images.batches import ImageBatch
@@ -93,6 +93,53 @@ def test_all_together_and_sizes_must_agree():
     assert (metrics["least_class"], metrics["most_class"]) == (float(ratio.min()), float(ratio.max()))
     with pytest.raises(ValueError, match="50 generated against 60 real ones can't be compared"):
         image_metrics(judged(0, 50), real)
+
+
+# ---- through evaluate ----
+
+
+@pytest.mark.parametrize("name", ["fid_lenet", "kid_lenet", "inception_score", "precision_recall"])
+def test_load_metric_judges_images_with_their_floor(name, tmp_path):
+    torch.manual_seed(0)
+    classifier = LeNet(8, 1, 4)
+    classifier.save_pretrained(tmp_path / "classifier")
+    ours, test, train = torch.rand(3, 40, 1, 8, 8) * torch.tensor([0.5, 1.0, 1.0])[:, None, None, None, None]
+
+    def pure(images):
+        one, other = judge(classifier, images), judge(classifier, test)
+        precision, recall = precision_recall(one.features_BF, other.features_BF)
+        every = {
+            "fid_lenet": frechet_distance(one.features_BF, other.features_BF),
+            "kid_lenet": kernel_distance(one.features_BF, other.features_BF),
+            "inception_score": inception_score(one.logps_BK),
+        }
+        return {name: every[name]} if name in every else {"precision": precision, "recall": recall}
+
+    expected = pure(ours) | {f"{key}_floor": value for key, value in pure(train).items()}
+    expected |= {"images": 40, "classifier": classifier.fingerprint()}
+    references = {} if name == "inception_score" else {"references": test}
+    metric = load_metric(name)
+    place = str(tmp_path / "classifier")
+    assert metric.compute(predictions=ours, **references, classifier=place, floor=train) == expected
+    for part in (slice(15), slice(15, None)):
+        metric.add_batch(predictions=ours[part], **{key: images[part] for key, images in references.items()})
+    assert metric.compute(classifier=classifier, floor=train) == expected
+
+
+def test_load_metric_refuses_what_does_not_compare():
+    metric, images = load_metric("fid_lenet"), torch.zeros(6, 1, 8, 8)
+
+    def fails(message, predictions=images, classifier=None, **options):
+        with pytest.raises(ValueError, match=message):
+            metric.compute(
+                predictions=predictions, references=images, classifier=classifier or LeNet(8, 1, 4), **options
+            )
+
+    fails("Mismatch in the number of predictions .4. and references .6.", images[:4])
+    fails("4 generated against 6 real ones can't be compared", images, floor=images[:4])
+    fails(r"pixel_values must lie in \[-1, 1\], but one is 255", images + 255)
+    fails("there is no classifier '/no/classifier/here'", classifier="/no/classifier/here")
+    fails(r"takes images \(B, 1, 16, 16\)", classifier=LeNet(16))
 
 
 # ---- the classifier ----

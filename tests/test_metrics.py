@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import letters, small_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -27,6 +29,7 @@ from hf_gdc.metrics import (
     self_bleu,
     self_bleu_scores,
 )
+from hf_gdc.metrics.embeddings import embedding_distance, text_encoder
 from hf_gdc.partition import DivergenceEstimator
 
 TEXTS = ["the cat sat on the mat", "the cat sat on a hat", "the the the the", "", "cat", "the cat sat on the mat"]
@@ -211,6 +214,11 @@ CALLS = {
         {"features": ["contains:cat", "length:words"], "confidence": 0.9},
     ),
     "divergences": (lambda **o: estimate_divergences(**LOGS, **o), LOGS, {"prompts": ["a", "b", "b", "a"]}),
+    "embedding_distance": (
+        lambda **o: {"embedding_distance": embedding_distance(TEXTS, TEXTS[::-1], **o)},
+        {"predictions": TEXTS, "references": TEXTS[::-1]},
+        {"model": text_encoder(small_gpt(pad_token_id=0).model, letters())},
+    ),
 }
 
 
@@ -234,27 +242,41 @@ def test_load_metric_takes_lists_of_tokens(tmp_path):
 
 def test_offline_and_nothing_in_the_home(tmp_path):
     """In a process without a network: load_metric, and evaluate.load on the folders, write below HF_HOME alone."""
-    assert available_metrics() == sorted(CALLS)
+    images = {"fid_lenet", "kid_lenet", "inception_score", "precision_recall"}  # tests/test_image_metrics.py
+    assert set(available_metrics()) == set(CALLS) | images
     code = """
 import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.getaddrinfo = socket.create_connection = refuse
-import evaluate
+import evaluate, torch
 from hf_gdc import load_metric
+from hf_gdc.images.classifier import LeNet
 from hf_gdc.metrics import MODULES, available_metrics
+classifier, some, others = LeNet(8), *torch.rand(2, 5, 1, 8, 8)
 for name in available_metrics():
     inputs = {"predictions": ["the cat sat on the mat", "the cat sat on a hat", ""]}
     if name == "divergences":
         inputs = dict.fromkeys(["log_p", "policy_logp", "mixture_logp"], [-1.0])
     if name == "constraint_rates":
         inputs["features"] = "contains:cat"
+    if name == "embedding_distance":
+        from builders import letters, small_gpt
+        from hf_gdc.metrics.embeddings import text_encoder
+        inputs["references"] = inputs["predictions"][::-1]
+        inputs["model"] = text_encoder(small_gpt(pad_token_id=0).model, letters())
+    if name in IMAGES:
+        inputs = {"predictions": some, "references": others, "classifier": classifier}
+        if name == "inception_score":
+            inputs.pop("references")
     assert load_metric(name).compute(**inputs) == evaluate.load(str(MODULES / name)).compute(**inputs)
 print("done")
-"""
+""".replace("IMAGES", repr(images))
     home, cache = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     environment = {"HOME": str(home), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+    environment["MPLCONFIGDIR"] = str(cache)  # torchmetrics imports matplotlib, which has a folder of its own
     cut = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})" + code
     done = subprocess.run([sys.executable, "-c", code], env=cut | environment, capture_output=True, text=True)
     assert done.stdout.strip() == "done", done.stderr
     assert not list(home.iterdir())

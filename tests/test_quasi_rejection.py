@@ -543,6 +543,19 @@ def test_the_reference_can_travel_and_a_nameless_one_must(saved, tmp_path):
     assert 2 in ids[0, 1:].tolist()
 
 
+def test_a_ready_feature_travels_with_what_it_needs_alone(saved, tmp_path):
+    folder, _ = saved
+    target = Reference() * Pointwise("contains:b")
+    qrs = sampler(target, str(folder / "policy"), str(folder / "policy"), guaranteed=True, pool_samples=1000)
+    qrs.save_pretrained(tmp_path / "out")
+    names = ["certified_sampling", "features", "generate", "ready_features", "rollouts", "settings"]
+    assert sorted(file.stem for file in (tmp_path / "out" / "custom_generate").iterdir()) == names
+    ids = qrs.proposal.model.generate(
+        custom_generate=str(tmp_path / "out"), trust_remote_code=True, num_return_sequences=50
+    )
+    assert all(2 in row[1:] for row in ids.tolist()) and ids.shape[0] == 50
+
+
 def test_features_that_can_not_travel_are_refused(saved, tmp_path):
     folder, _ = saved
     options = {"policy": str(folder / "policy"), "reference": str(folder / "base"), "beta": 1.0, "pool_samples": 500}

@@ -61,7 +61,7 @@ class Adversary:
         if args.discriminator_steps:
             betas = (args.adam_beta1, args.adam_beta2)
             self.optimizer = torch.optim.Adam(
-                self.model.parameters(), args.discriminator_learning_rate, betas, args.adam_epsilon
+                self.model.parameters(), args.discriminator_learning_rate, betas, args.adam_epsilon, fused=True
             )
         self.updates = 0
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None

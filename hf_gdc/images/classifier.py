@@ -8,6 +8,7 @@ Left out: its training (`classifier_training`), the metrics (`metrics.images`).
 Shapes: B images, C channels, H height, W width, K classes, F features.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 FEATURES = 84
@@ -62,6 +64,19 @@ class LeNet(nn.Module, PyTorchModelHubMixin):
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=4)
+def load_classifier(name: str) -> LeNet:
+    """The one in a folder or of an id of the Hub, shared by all who ask for it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return LeNet.from_pretrained(name)
+    except (OSError, HFValidationError) as error:  # the latter for what is no folder and can't be an id
+        raise ValueError(f"there is no classifier {name!r}: {error}") from error
 
 
 @dataclass

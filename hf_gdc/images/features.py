@@ -8,15 +8,13 @@
 They are Tensors that keep their graph, so that a generator can be trained through them (but for thresholds and columns).
 """
 
-import functools
 import re
 from collections.abc import Callable
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from .classifier import LeNet
+from .classifier import LeNet, load_classifier
 
 BATCH = 1000  # images at once
 
@@ -38,7 +36,7 @@ def image_class(argument: str) -> Callable:
             f"feature 'image_class:{argument}' is not spelt image_class:path/to/classifier=3 or ...=3>0.5."
         )
     threshold = None if found["threshold"] is None else float(found["threshold"])
-    return class_probability(_classifier(found["model"]), int(found["label"]), threshold)
+    return class_probability(load_classifier(found["model"]), int(found["label"]), threshold)
 
 
 def class_probability(classifier: LeNet, label: int, threshold: float | None = None) -> Callable:
@@ -54,15 +52,6 @@ def class_probability(classifier: LeNet, label: int, threshold: float | None = N
 
     probability.__name__ = f"class_{label}" if threshold is None else f"class_{label}>{threshold:g}"
     return probability
-
-
-@functools.lru_cache(maxsize=4)
-def _classifier(name: str) -> LeNet:
-    """Shared by the features of one classifier."""
-    try:
-        return LeNet.from_pretrained(name)
-    except (OSError, HFValidationError) as error:  # the latter for what is no folder and can't be an id
-        raise ValueError(f"there is no classifier {name!r}: {error}") from error
 
 
 def column(argument: str) -> Callable:

@@ -1,4 +1,4 @@
-"""Metrics of texts and samples, as pure functions, and each as a module of Hugging Face's `evaluate`.
+"""Metrics of texts, images and samples, as pure functions, and each as a module of Hugging Face's `evaluate`.
 
     self_bleu(texts)                                   the pure function
     load_metric("self_bleu").compute(predictions=texts)    the same through evaluate, in a dictionary
@@ -13,15 +13,21 @@ from pathlib import Path
 from .constraints import constraint_rates
 from .divergences import estimate_divergences
 from .diversity import distinct_n, ngram_entropy
+from .overlap import answer_f1, bleu, chrf, exact_match, rouge
 from .self_bleu import self_bleu, self_bleu_scores
 
 __all__ = [
+    "answer_f1",
     "available_metrics",
+    "bleu",
+    "chrf",
     "constraint_rates",
     "distinct_n",
     "estimate_divergences",
+    "exact_match",
     "load_metric",
     "ngram_entropy",
+    "rouge",
     "self_bleu",
     "self_bleu_scores",
 ]

@@ -88,12 +88,7 @@ def image_metrics(generated: Judged, real: Judged) -> dict[str, float]:
     Raises:
         ValueError: sets of different sizes.
     """
-    count = len(real.features_BF)
-    if len(generated.features_BF) != count:
-        raise ValueError(
-            f"FID and the inception score depend on the number of images: {len(generated.features_BF)} generated against "
-            f"{count} real ones can't be compared. Take as many of each."
-        )
+    check_counts(len(generated.features_BF), len(real.features_BF))
     precision, recall = precision_recall(generated.features_BF, real.features_BF)
     ratio = class_shares(generated) / class_shares(real)
     return {
@@ -106,6 +101,15 @@ def image_metrics(generated: Judged, real: Judged) -> dict[str, float]:
         "least_class": float(ratio.min()),
         "most_class": float(ratio.max()),
     }
+
+
+def check_counts(generated: int, real: int) -> None:
+    """Raise a ValueError where numbers of images differ."""
+    if generated != real:
+        raise ValueError(
+            f"FID and the inception score depend on the number of images: {generated} generated against {real} real ones "
+            "can't be compared. Take as many of each."
+        )
 
 
 def class_shares(judged: Judged) -> Tensor:

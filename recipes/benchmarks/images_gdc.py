@@ -2,18 +2,23 @@
 
     python recipes/benchmarks/images_gdc.py --steps 1500 --seeds 0 1 2
 
-- **plain**: the recipe's GAN for 2 * steps updates of the generator.
-- **gdc**: the same GAN for `steps`; then its generator q and discriminator d define the target P_D(x) = q(x) exp(d(x)) / Z, the
-  energy model of the unified objective. Samples of P_D (quasi-rejection sampling) join the real images, half and half, and the
-  game goes on against both for `steps` more: D_f(P_G || P_D) and the data term together. Drawing the samples is not counted.
+- **plain**: the recipe's unconditional GAN for 2 * steps updates of the generator.
+- **restarted**: the same GAN for `steps`, and again for `steps` from its averaged generator and its discriminator. The learning
+  rate falls to 0 over each run, so this is what a second fall alone does.
+- **gdc**: the first half of restarted; then its generator q and discriminator d define P_D(x) = q(x) exp(d(x)) / Z, the energy
+  model of the unified objective D_f(P_G || P_D) + lambda D(P_D, p_data), and samples of P_D (quasi-rejection sampling) join the
+  real images, half and half, for the second half: D_f(P_G || (P_D + p_data) / 2), at most the mean of the two divergences. The
+  generator is distilled from the discriminator, and the discriminator goes on learning from data.
 
-Both are judged by one classifier that neither has seen, on as many images as the test half has. The learning rate falls to
-0 over each run, in two falls for gdc.
+All have the same updates, batches and first random numbers; drawing the samples is not counted. One classifier that no
+generator has seen judges them, on as many images as the test half has.
 """
 
 import argparse
+import copy
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -32,7 +37,7 @@ from hf_gdc import (
 from hf_gdc.classifier_training import train_classifier
 from hf_gdc.images.classifier import judge
 from hf_gdc.images.data import ImageDataset
-from hf_gdc.metrics.images import image_metrics
+from hf_gdc.metrics.images import image_metrics, inception_score
 
 SHAPE = {"image_size": 8, "hidden_size": 32, "dense_size": 512, "latent_size": 16, "generator_norm": "group"}
 GAME = {
@@ -45,6 +50,7 @@ GAME = {
 GAME |= {"adam_beta2": 0.99, "per_device_train_batch_size": 32, "sample_steps": 0, "use_cpu": True, "report_to": "none"}
 GAME |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 SHOWN = ("fid", "inception_score", "precision", "recall", "confident")
+ARMS = ("plain", "restarted", "gdc")
 
 
 def play(data: ImageDataset, steps: int, seed: int, generator=None, discriminator=None) -> ImageGANTrainer:
@@ -57,9 +63,9 @@ def play(data: ImageDataset, steps: int, seed: int, generator=None, discriminato
     return trainer
 
 
-def distil(trainer: ImageGANTrainer, real: ImageDataset, steps: int, seed: int) -> ImageGANTrainer:
-    """The second half of gdc, from the players of the first."""
-    critic = trainer.adversary.model.eval().requires_grad_(False)
+def with_energy_samples(trainer: ImageGANTrainer, real: ImageDataset, seed: int) -> tuple[ImageDataset, float]:
+    """The real images and as many of P_D, and a bound of the samples' distance (TV) to P_D."""
+    critic = trainer.adversary.model.eval()
 
     def logit(images: torch.Tensor, **_) -> torch.Tensor:
         return critic(images * 2 - 1).logits
@@ -67,9 +73,17 @@ def distil(trainer: ImageGANTrainer, real: ImageDataset, steps: int, seed: int) 
     target = Policy() * Reward(logit, beta=1.0)
     sampler = ImageRejectionSampler(target, trainer.sampler, acceptance_rate=0.1, seed=seed)
     ours = ((sampler.sample(len(real)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    critic.requires_grad_(True)
-    both = ImageDataset(torch.cat([real.images, ours]))
-    return play(both, steps, seed + 1000, trainer.sampler, critic)
+    return ImageDataset(torch.cat([real.images, ours])), sampler.estimate().tv_upper
+
+
+def compare(train: ImageDataset, steps: int, seed: int) -> Iterator[tuple[str, ImageGANTrainer, dict[str, float]]]:
+    """The three arms, one after another, and what else is known of each."""
+    yield "plain", play(train, 2 * steps, seed), {}
+    half = play(train, steps, seed)
+    both, tv = with_energy_samples(half, train, seed)
+    for name, data, notes in (("restarted", train, {}), ("gdc", both, {"tv_upper": tv})):
+        players = copy.deepcopy(half.sampler), copy.deepcopy(half.adversary.model)
+        yield name, play(data, steps, seed + 1000, *players), notes
 
 
 def main() -> None:
@@ -78,25 +92,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     train, test = (load_images("digits", split, 8) for split in ("train", "test"))
-    classifier, accuracy = train_classifier(train, test, epochs=60)
+    classifier, accuracy = train_classifier(train, test, epochs=120)
     real = judge(classifier, test.pixel_values)
     floor = image_metrics(judge(classifier, train.pixel_values[: len(test)]), real)
-    rows: dict[str, list[dict]] = {"plain": [], "gdc": []}
+    rows: dict[str, list[dict]] = {name: [] for name in ARMS}
     for seed in options.seeds:
-        half = play(train, options.steps, seed)
-        rows["gdc"].append(measured(distil(half, train, options.steps, seed), classifier, real, seed))
-        rows["plain"].append(measured(play(train, 2 * options.steps, seed), classifier, real, seed))
-        for name in rows:
-            print(f"seed {seed} {name:6}" + "".join(f"  {key} {rows[name][-1][key]:.3f}" for key in SHOWN), flush=True)
+        for name, trainer, notes in compare(train, options.steps, seed):
+            rows[name].append(measured(trainer, classifier, real, seed) | notes)
+            print(f"seed {seed} {name:9}" + "".join(f"  {key} {rows[name][-1][key]:.3f}" for key in SHOWN), flush=True)
     average = {name: {key: mean(row[key] for row in own) for key in SHOWN} for name, own in rows.items()}
-    ratios = {key: average["gdc"][key] / average["plain"][key] for key in SHOWN}
+    ratios = {
+        f"gdc_over_{name}": {key: average["gdc"][key] / average[name][key] for key in SHOWN}
+        for name in ("plain", "restarted")
+    }
     result = {
         "steps": options.steps,
         "seeds": options.seeds,
         "classifier": classifier.fingerprint(),
         "accuracy": accuracy,
+        "floor_fid": floor["fid"],
+        "real_inception_score": inception_score(real.logps_BK),
+        "mean": average,
+        **ratios,
+        "runs": rows,
     }
-    result |= {"floor_fid": floor["fid"], "mean": average, "gdc_over_plain": ratios, "runs": rows}
     place = Path("outputs/benchmarks/images_gdc.json")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(result) + "\n")

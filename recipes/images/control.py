@@ -1,8 +1,10 @@
 """Bring a trained generator to a constraint in two ways, and measure both: filter its samples, or train it further.
 
-    python recipes/images/control.py --config recipes/images/control.yaml --run outputs/images
+    python recipes/images/run.py --config recipes/images/config.yaml --class_condition false --output_dir outputs/images-plain
+    python recipes/images/control.py --config recipes/images/control.yaml --run outputs/images-plain
 
-`--run` is a folder of `run.py` with a generator that no constraint has touched. By default half of the images are to be threes.
+`--run` is a folder of `run.py` with a generator that no constraint has touched, and that chooses the class itself: one that is
+told the class has the shares that it is asked for. By default half of the images are to be threes.
 
 - **filtered**: quasi-rejection sampling on that generator, within `--tv` of the target; other classes keep their shares.
 - **trained**: the adversarial game goes on against real images that are weighted by the constraint, so that the discriminator
@@ -31,7 +33,9 @@ from hf_gdc.metrics.images import class_shares
 class ControlArguments:
     """The run to start from and the wanted share of one class."""
 
-    run: str = field(default="outputs/images", metadata={"help": "Folder of run.py: a generator and its classifier."})
+    run: str = field(
+        default="outputs/images-plain", metadata={"help": "Folder of run.py: a generator and its classifier."}
+    )
     data: str = field(default="digits", metadata={"help": "The data of that run."})
     label: int = field(default=3, metadata={"help": "The class."})
     share: float = field(default=0.5, metadata={"help": "Its wanted share."})
@@ -57,15 +61,19 @@ def main(argv: list[str] | None = None) -> None:
     run, output = Path(options.run), Path(args.output_dir)
     classifier = LeNet.from_pretrained(run / "classifier").eval()
     generator = DCGANGenerator.from_pretrained(run / "model")
+    if generator.config.num_classes:
+        raise ValueError(
+            f"the generator in {options.run} is told the class of each image, so its shares can't be trained: ask it for the "
+            "labels that you want, or make one with run.py --class_condition false."
+        )
     shape = generator.config.image_size, generator.config.num_channels
     train, test = (load_images(options.data, split, *shape) for split in ("train", "test"))
     if not resume_option(args):
         claim_output_dir(args.output_dir, args.overwrite)
     args.output_dir = str(output / "training")
 
-    threshold = (
-        0.5 if args.constrain == "data" else None
-    )  # the generator needs the probability itself, for its gradient
+    # The generator needs the probability itself, for its gradient.
+    threshold = 0.5 if args.constrain == "data" else None
     before = generator.sample(options.measured, generator=torch.Generator().manual_seed(1))
     own, real = class_shares(judge(classifier, before)), class_shares(judge(classifier, test.pixel_values))
     rows = {"before": describe(before, classifier, options.label, own)}

@@ -15,6 +15,8 @@ samples.png, report.json. Metrics compare with those of the same classifier (kno
 """
 
 import json
+import shlex
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,10 +152,23 @@ def main(argv: list[str] | None = None) -> None:
     trainer.evaluate()
     trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
-        report(trainer, compute_metrics, target, options.data, output, time.time() - start)
+        command = shlex.join(
+            ["accelerate", "launch", "recipes/images/run.py", *(sys.argv[1:] if argv is None else argv)]
+        )
+        report(trainer, compute_metrics, target, options.data, command, output, time.time() - start)
 
 
-def report(trainer, judged: Judge, target: Target | None, data: str, output: Path, seconds: float) -> None:
+def grid_images(generator: DCGANGenerator, count: int = 100) -> torch.Tensor:
+    """Fresh images for a picture: the classes line by line where the generator takes them."""
+    classes, labels = generator.config.num_classes, None
+    if classes:
+        labels = (torch.arange(count) // round(count**0.5) % classes).to(generator.device)
+    return generator.sample(count, labels, torch.Generator().manual_seed(0))
+
+
+def report(
+    trainer, judged: Judge, target: Target | None, data: str, command: str, output: Path, seconds: float
+) -> None:
     """The table, the grid, report.json and the model card."""
     fresh = torch.Generator().manual_seed(trainer.args.seed + 1)
     images = trainer.sampler.sample(judged.count, generator=fresh)
@@ -164,8 +179,9 @@ def report(trainer, judged: Judge, target: Target | None, data: str, output: Pat
     shares = {name: class_shares(part).tolist() for name, part in (("generated", own), ("test", judged.test))}
     for name, values in shares.items():
         print(f"share of classes, {name:10}" + " ".join(f"{value:.3f}" for value in values))
+    picture = grid_images(trainer.sampler)
     for folder in (output, output / "model"):
-        save_grid(images[:100], folder / "samples.png")
+        save_grid(picture, folder / "samples.png")
     numbers = {
         "images": judged.count,
         "classifier": fingerprint,
@@ -179,7 +195,7 @@ def report(trainer, judged: Judge, target: Target | None, data: str, output: Pat
         output / "model",
         title=f"DCGAN on {Path(data).name}",
         formula="P(x) = q(x)" if target is None else target.formula(),
-        command="accelerate launch recipes/images/run.py --config recipes/images/config.yaml",
+        command=command,
         results={f"images a side, classifier {fingerprint}": judged.count, **results},
         data=data,
         template="image_model_card.md",

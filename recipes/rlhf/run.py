@@ -15,7 +15,6 @@ One process.
 """
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gdc import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, Reference, Reward, stories
 from hf_gdc.arguments import PolicyGradientConfig
-from hf_gdc.checkpoints import checkpoints, missing_parts, run_once
+from hf_gdc.chains import Chain, deciding, pick
+from hf_gdc.checkpoints import checkpoints, missing_parts
 from hf_gdc.cli import parse_options, save_run
 from hf_gdc.data import load_prompts
 from hf_gdc.encoding import RightPadCollator, tokenize_rows
@@ -45,20 +45,6 @@ from hf_gdc.trl_compat import ModelConfig, RewardConfig
 
 COMMAND = "accelerate launch recipes/rlhf/run.py --config recipes/rlhf/config.yaml"
 MODELS = ("pretrain", "sft", "policy")
-# beginnings of options that say where and how a run is kept and shown, not what comes out
-KEEPING = (
-    "output_dir",
-    "overwrite",
-    "disable_tqdm",
-    "run_name",
-    "log",
-    "save",
-    "report",
-    "resume",
-    "hub",
-    "push",
-    "trackio",
-)
 
 
 @dataclass
@@ -84,11 +70,12 @@ class RecipeArguments:
             raise ValueError(f"method must be 'ppo' or 'gdc', but is {self.method!r}.")
 
 
-class Chain:
+class Stages(Chain):
     """The stages, each in its folder, each once."""
 
     def __init__(self, options: RecipeArguments, model: ModelConfig, args: PPOConfig):
-        self.options, self.model, self.args, self.output = options, model, args, Path(args.output_dir)
+        super().__init__(args.output_dir, args.seed, args.overwrite)
+        self.options, self.model, self.args = options, model, args
         self.quiet = {
             "use_cpu": args.use_cpu,
             "seed": args.seed,
@@ -97,32 +84,18 @@ class Chain:
         }
         self.quiet |= {"save_strategy": "no", "logging_steps": args.logging_steps}
         self.lora = {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"}
-        self.made: dict[str, str] = {}
-
-    def stage(self, name: str, make, after: tuple[str, ...] = (), **options) -> None:
-        began, folder = time.monotonic(), self.output / name
-        if self.args.overwrite and (folder / "stage.json").is_file():
-            shutil.rmtree(folder)
-        options |= {f"made from {before}": self.made[before] for before in after} | {"seed": self.args.seed}
-        self.made[name] = run_once(folder, options, make)
-        print(f"--- {name}: {time.monotonic() - began:.0f} seconds", flush=True)
-
-    def folder(self, name: str) -> str:
-        return str(self.output / name / "model")
 
     def run(self) -> None:
         own = self.options
         self.stage(
-            "pretrain", self.pretrain, **_some(own, "num_stories pretrain_learning_rate hidden_size num_hidden_layers")
+            "pretrain", self.pretrain, **pick(own, "num_stories pretrain_learning_rate hidden_size num_hidden_layers")
         )
         self.stage(
-            "sft", self.fine_tune, ("pretrain",), **_some(own, "num_pairs preference_temperature sft_learning_rate")
+            "sft", self.fine_tune, ("pretrain",), **pick(own, "num_pairs preference_temperature sft_learning_rate")
         )
-        judged = _some(own, "num_pairs preference_temperature reward_learning_rate") | self.lora
+        judged = pick(own, "num_pairs preference_temperature reward_learning_rate") | self.lora
         self.stage("reward_model", self.learn_reward, ("sft",), **judged)
-        chosen = self.args.to_dict()
-        options = {f.name: chosen[f.name] for f in fields(PPOConfig) if not f.name.startswith(KEEPING)}
-        options |= _some(own, "method num_prompts") | self.lora
+        options = deciding(self.args) | pick(own, "method num_prompts") | self.lora
         self.stage("policy", self.train_policy, ("sft", "reward_model"), **options)
 
     def pretrain(self) -> None:
@@ -217,14 +190,10 @@ class Chain:
         return GDCTrainer(self.folder("sft"), Reference() * Reward(reward, self.args.kl_coef), args, **common)
 
 
-def _some(options, names: str) -> dict:
-    return {name: getattr(options, name) for name in names.split()}
-
-
 # ---- the table ----
 
 
-def report(chain: Chain) -> dict:
+def report(chain: Stages) -> dict:
     """What each model is worth, on fresh prompts, the same for all.
 
     The learned reward promises what it would be worth if it went with the true one as it does on the fine-tuned model's
@@ -289,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.world_size > 1:
         raise ValueError("this recipe is made for one process; its stages' own recipes take any number.")
     start = time.monotonic()
-    chain = Chain(options, model, args)
+    chain = Stages(options, model, args)
     chain.run()
     found = report(chain)
     file = chain.output / "report.json"
