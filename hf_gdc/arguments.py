@@ -158,7 +158,11 @@ class PolicyGradientConfig(TrainingArguments):
         },
     )
     log_completions: bool = field(
-        default=False, metadata={"help": "At each logging step print samples and write all to completions/*.parquet."}
+        default=False,
+        metadata={
+            "help": "At each logging step print samples, send a table of them to the trackers of report_to, and write all to "
+            "completions/*.parquet."
+        },
     )
     num_completions_to_print: int | None = field(default=5, metadata={"help": "How many of them to print."})
     overwrite: bool = field(

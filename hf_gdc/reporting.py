@@ -7,12 +7,16 @@ import math
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerCallback
 
+from .arguments import PolicyGradientConfig
 from .rollouts import Rollouts
+from .tracking import track_table
 
 
 class Averages:
@@ -57,8 +61,10 @@ def _is_eos(rollouts: Rollouts, eos_ids: list[int]):
     return sum((ids == eos for eos in eos_ids), start=ids < 0)
 
 
-def log_samples(rollouts: Rollouts, output_dir: str, step: int, to_print: int | None) -> None:
-    """Write all completions with what is known of them to completions/completions_STEP.parquet and print some."""
+def log_samples(
+    rollouts: Rollouts, args: PolicyGradientConfig, step: int, callbacks: Iterable[TrainerCallback] = ()
+) -> None:
+    """Write all completions with what is known of them to completions/completions_STEP.parquet; print and track some."""
     table = {
         "step": [step] * len(rollouts),
         "prompt": [str(prompt) for prompt in rollouts.prompts],
@@ -66,7 +72,9 @@ def log_samples(rollouts: Rollouts, output_dir: str, step: int, to_print: int | 
         "log_prob": rollouts.policy_logp_B.tolist(),
         **{name: values.tolist() for name, values in rollouts.scores.items()},
     }
-    folder = Path(output_dir) / "completions"
+    track_table(callbacks, "completions", table, step)
+    to_print = args.num_completions_to_print
+    folder = Path(args.output_dir) / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(table).to_parquet(str(folder / f"completions_{step:05d}.parquet"))
     for row in range(min(len(rollouts), len(rollouts) if to_print is None else to_print)):

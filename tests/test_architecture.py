@@ -74,6 +74,7 @@ FLOORS = [
         "task_scores",
         "tasks",
         "text_scores",
+        "tracking",
         "two_sample",
         "vllm_sampler",
     ],

@@ -308,8 +308,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
         if "loss" in logs:  # a training step's, not an evaluation's or the end's
             logs = {**logs, **self._averages.pop()}
             if self.args.log_completions and self._last_rollouts is not None and self.is_world_process_zero():
-                to_print = self.args.num_completions_to_print
-                log_samples(self._last_rollouts, self.args.output_dir, self.state.global_step, to_print)
+                log_samples(self._last_rollouts, self.args, self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)
 
     # ---- the Trainer's hooks ----
