@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -77,6 +78,23 @@ def resolve_checkpoint(resume: "bool | str | Path | None", output_dir: str, proc
         problems.append(f"{path.name} lacks {'; '.join(missing)}")
     found = "; ".join(problems) or "there is none"
     raise ValueError(f"can't resume: no whole checkpoint in {output_dir!r} ({found}).")
+
+
+def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint of another model: transformers would load the weights whose names it knows, and warn of the rest.
+
+    Raises:
+        ValueError: another architecture or size, by the configuration beside the weights; adapters have none.
+    """
+    file, ours = checkpoint / "config.json", config.to_dict()
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        name = config.attribute_map.get(name, name)
+        if name in saved and saved[name] != ours[name]:
+            raise ValueError(
+                f"can't resume from {str(checkpoint)!r}: it is of a model with {name}={saved[name]!r}, and this one has "
+                f"{ours[name]!r}. Give the model that the run began with, or another output_dir."
+            )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -178,6 +196,9 @@ class SafeCheckpoints:
                 claim_output_dir(self.args.output_dir, self.args.overwrite)
             self.accelerator.wait_for_everyone()
             return super().train(trial=trial, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel):
+            check_same_model(Path(checkpoint), model.config)
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if 0 < state.max_steps <= state.global_step and self.args.max_steps in (-1, state.max_steps):
             print(f"{checkpoint} is the end of its run ({state.global_step} steps): nothing left to train.")

@@ -64,7 +64,7 @@ class SmallGPTConfig(PreTrainedConfig):
             depends on them, so they may coincide.
 
     Raises:
-        ValueError: a value is out of range or unknown, or two values do not fit together.
+        ValueError: a value is out of range or unknown, two values do not fit together, or it is another architecture's.
     """
 
     model_type = "small_gpt"
@@ -109,6 +109,11 @@ class SmallGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        given = kwargs.get("model_type", self.model_type)
+        if given != self.model_type:  # else a checkpoint of another architecture would load as random weights
+            raise ValueError(
+                f"{type(self).__name__}: model_type={given!r} is another architecture: load it with AutoModelForCausalLM."
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
