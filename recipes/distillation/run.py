@@ -172,6 +172,7 @@ def report(output: Path, rows: list[dict], best: tuple, teacher: str) -> None:
         "accelerate launch recipes/distillation/run.py --config recipes/distillation/config.yaml",
         {name: value for name, value in row.items() if isinstance(value, float)},
         f"samples, judged by {teacher}",
+        divergence=row["way"],
     )
     (output / "report.json").write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     print(f"\n{'':18}{'KL(teacher||student)':>22}{'KL(student||teacher)':>22}{'learning rate':>15}{'CPU seconds':>13}")
