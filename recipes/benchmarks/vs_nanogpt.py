@@ -120,8 +120,10 @@ def small_gpt(vocab: int) -> SmallGPTForCausalLM:
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
+    """BLOCK characters in, the BLOCK after them out, as nanoGPT has it: no position is computed that predicts nothing."""
     ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
+    known = ids[:, :-1].contiguous()
+    return {"input_ids": known, "labels": known, "shift_labels": ids[:, 1:].contiguous()}
 
 
 def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **more) -> float:
