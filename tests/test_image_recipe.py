@@ -14,6 +14,8 @@ import yaml
 from PIL import Image
 
 from hf_gdc import DCGANConfig, DCGANGenerator
+from hf_gdc.images.classifier import load_classifier
+from hf_gdc.images.data import ImageDataset
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "images"
 SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--sample_steps", "4", "--logging_steps", "20"]
@@ -112,6 +114,17 @@ def test_classes_on_request_fill_the_grid_and_have_no_share_to_control(run, tmp_
     with pytest.raises(ValueError, match="is told the class of each image"):
         load_recipe("control").main(["--run", str(tmp_path), "--output_dir", str(tmp_path / "never"), *SMALL])
     assert not (tmp_path / "never").exists()
+
+
+def test_the_given_judge_is_kept_with_the_run_and_classes_need_labels(run, tmp_path):
+    output, _ = run
+    recipe, images = load_recipe("run"), ImageDataset(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    given = recipe.ImageArguments(classifier=str(output / "classifier"), class_condition=True, data="my/folder")
+    recipe.place_classifier(given, images, images, str(tmp_path))  # trains none: these images have no labels
+    ours, theirs = (load_classifier(str(place)).fingerprint() for place in (tmp_path, output / "classifier"))
+    assert ours == theirs
+    with pytest.raises(ValueError, match="class_condition needs labels, and 'my/folder' has none"):
+        recipe.build_generator(given, images)
 
 
 def test_a_second_run_and_a_wrong_option_are_refused(run):
