@@ -27,7 +27,7 @@ from language import load_oracle, nll, sample, seeded_oracle
 from methods import METHODS
 from safetensors.torch import load_file, save_file
 
-TRAIN, VALIDATION, HELD_OUT = 9500, 500, 5000
+TRAIN, VALIDATION, HELD_OUT = 9500, 500, 3000
 
 
 @dataclass
