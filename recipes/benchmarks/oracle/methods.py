@@ -155,7 +155,7 @@ def train_unified(
     """The generator and an energy beside its start, each moved towards the other, the energy also towards the data."""
     defaults = {
         "per_device_train_batch_size": 128,
-        "learning_rate": 5e-3,
+        "learning_rate": 6e-3,
         "lr_scheduler_type": "linear",
         "discriminator_learning_rate": 1e-5,
         "data_weight": 1.0,
@@ -219,7 +219,7 @@ def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 
 def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle") / "model")
-    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=100)
+    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=80)
 
 
 METHODS = {"mle": Method(_mle), "gan": Method(_gan, start="mle"), "unified": Method(_unified, start="mle")}
