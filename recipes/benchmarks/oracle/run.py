@@ -90,7 +90,8 @@ def prepare(options: argparse.Namespace) -> Benchmark:
     cache = output / "sequences.safetensors"
     if not cache.is_file():
         parts = {"train": sample(oracle, TRAIN + VALIDATION, seed=0), "held_out": sample(oracle, HELD_OUT, seed=1)}
-        save_file(parts, cache)
+        save_file(parts, fresh := cache.with_suffix(f".{os.getpid()}"))
+        fresh.replace(cache)  # whole or not there, whoever else draws it
     words = load_file(cache)
     train, validation = words["train"].split([TRAIN, VALIDATION])
     return Benchmark(oracle, train, validation, words["held_out"], options.generator, options.samples, output)
