@@ -182,7 +182,7 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
         loss_B, out = plain(trainer, model, rollouts)
         ids_BT = torch.cat([rollouts.prompt_ids_BP, rollouts.completion_ids_BT[:, :-1]], 1)
         with torch.no_grad():
-            p = trainer.discriminator.network.model(ids_BT).logits.exp()
+            p = trainer.discriminator.network.mixture(ids_BT).logits.exp()
             wanted_B = -(p * trainer.model(ids_BT).logits.log_softmax(-1)).sum((1, 2))
         losses.append((loss_B.detach(), wanted_B))
         return loss_B, out

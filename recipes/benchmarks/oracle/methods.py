@@ -154,7 +154,7 @@ def train_unified(
 ) -> PreTrainedModel:
     """The generator and an energy beside its start, each moved towards the other, the energy also towards the data."""
     defaults = {
-        "per_device_train_batch_size": 128,
+        "per_device_train_batch_size": 64,
         "learning_rate": 6e-3,
         "lr_scheduler_type": "linear",
         "discriminator_learning_rate": 1e-5,
