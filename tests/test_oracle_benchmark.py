@@ -182,7 +182,7 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
         loss_B, out = plain(trainer, model, rollouts)
         ids_BT = torch.cat([rollouts.prompt_ids_BP, rollouts.completion_ids_BT[:, :-1]], 1)
         with torch.no_grad():
-            p = trainer.discriminator.network.model(ids_BT).logits.exp()
+            p = trainer.discriminator.network.mixture(ids_BT).logits.exp()
             wanted_B = -(p * trainer.model(ids_BT).logits.log_softmax(-1)).sum((1, 2))
         losses.append((loss_B.detach(), wanted_B))
         return loss_B, out
@@ -197,7 +197,7 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
 
 @pytest.mark.slow
 def test_unified_training_learns_what_the_counts_know(tmp_path, oracle):
-    """Of 700 sequences maximum likelihood learns some by heart; pulled to the mixture, the generator knows unseen ones better."""
+    """Maximum likelihood learns some of 700 sequences by heart; pulled to the mixture, it knows unseen ones better."""
     words = language.sample(oracle, 2000, seed=1)
     train, unseen = words[:700], words[1500:]
     mle = methods.train_mle(methods.make_generator("lstm", 0, WORDS), train, unseen, tmp_path / "mle", 0)

@@ -9,8 +9,9 @@ E_{P_D}[-grad log pi], is taken over samples of P_D, and over the next word exac
 
     KL(P_D || pi) = E_{x ~ P_D} sum_t KL(P_D(. | x_<t) || pi(. | x_<t))
 
-The generator is pulled to a P_D that it can't learn by heart, on as many fresh sequences as one likes, and keeps of the counts
-what its 32 units can say.
+w is chosen on the validation sequences. In the game it moves slowly: of the training sequences the counts know more than of
+others, so that their likelihood alone would trust the counts too much. The generator is pulled to a P_D that it can't learn by
+heart, on as many fresh sequences as one likes, and keeps of the counts what its 32 units can say.
 
 Left out: other f, for which the exact form holds for the words of one prefix alone. Shapes: B sequences, T words, N words of a
 batch, V vocabulary.
@@ -50,14 +51,15 @@ class MixtureLM(LSTMForCausalLM):
     def __init__(self, lstm: LSTMForCausalLM, pairs_VV: Tensor, weight: float):
         super().__init__(lstm.config)
         self.load_state_dict(lstm.state_dict())
+        self.requires_grad_(False)
         self.weight_logit = nn.Parameter(torch.logit(torch.tensor(weight)))
         self.register_buffer("pairs_VV", pairs_VV, persistent=False)
 
     def forward(self, input_ids: Tensor, state: State | None = None, logits_to_keep: int = 0, **kwargs) -> LSTMOutput:
         out = super().forward(input_ids, state=state, logits_to_keep=logits_to_keep)
-        weight = self.weight_logit.sigmoid()
-        mixed = torch.softmax(out.logits, -1) * (1 - weight) + self.pairs_VV[input_ids[:, -logits_to_keep:]] * weight
-        return LSTMOutput(logits=mixed.log(), state=out.state)
+        pairs_BTV = self.pairs_VV[input_ids[:, -logits_to_keep:]]
+        mixed_BTV = torch.lerp(torch.softmax(out.logits, -1), pairs_BTV, self.weight_logit.sigmoid())
+        return LSTMOutput(logits=mixed_BTV.log(), state=out.state)
 
 
 def make_energy(lstm: LSTMForCausalLM, train_BT: Tensor, validation_BT: Tensor, discount: float = 0.9) -> MixtureLM:
@@ -68,21 +70,28 @@ def make_energy(lstm: LSTMForCausalLM, train_BT: Tensor, validation_BT: Tensor, 
 
 
 class ResidualEnergy(LogitNetwork):
-    """d(x) = log P_D(x) - log a(x)."""
+    """d(x) = log P_D(x) - log a(x), of which the weight w is learned; a is the mixture's LSTM."""
 
     name = "residual energy"
 
-    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, batch_size: int = 512):
+    def __init__(self, mixture: MixtureLM, reference: PreTrainedModel, batch_size: int = 512):
         super().__init__(batch_size=batch_size)
-        self.model = model
-        self._scorers = Scorer(model), Scorer(reference)  # a is no submodule: it has no part in training or checkpoints
+        self.mixture = mixture
+        self._scorers = Scorer(mixture), Scorer(reference)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [self.mixture.weight_logit]
 
     def forward(self, rollouts: Rollouts) -> Tensor:
-        own, reference = self._scorers
-        with torch.no_grad():
-            log_a_B = reference.rollouts(rollouts).logp_B
-        return (own.rollouts(rollouts).logp_B - log_a_B)[:, None]
+        if rollouts.reference_logps_BT is None:
+            with torch.no_grad():
+                rollouts.reference_logps_BT = self._scorers[1].rollouts(rollouts).logps_BT
+        words_BT = rollouts.completion_ids_BT
+        before_BT = torch.cat([rollouts.prompt_ids_BP[:, -1:], words_BT[:, :-1]], 1)
+        gain_BT = self.mixture.pairs_VV[before_BT, words_BT] / rollouts.reference_logps_BT.exp()
+        return torch.log1p(self.mixture.weight_logit.sigmoid() * (gain_BT - 1)).sum(1, keepdim=True)
 
+    @torch.no_grad()
     def next_words(self, rollouts: Rollouts) -> Tensor:
         """(N, V) P_D of every word of the completions, given those before."""
         return self._scorers[0].token_logits(rollouts)(slice(None)).exp()
@@ -110,7 +119,7 @@ class SampledEnergyTrainer(UnifiedTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         assert self.divergence.name == "kl", self.divergence.name
-        self.actors.sampler = EnergySampler(self.processing_class, self.discriminator.network.model)
+        self.actors.sampler = EnergySampler(self.processing_class, self.discriminator.network.mixture)
 
     def sample_losses(self, model, rollouts: Rollouts) -> tuple[Tensor, PolicyOutput]:
         """(B,) cross-entropies, whose mean over samples of P_D has the gradient of KL(P_D || pi)."""

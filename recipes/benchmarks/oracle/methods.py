@@ -62,9 +62,9 @@ def train_mle(
     seed: int,
     learning_rate: float = 0.01,
     epochs: int = 40,
-    patience: int = 3,
+    patience: int | None = 3,
 ) -> PreTrainedModel:
-    """Maximum likelihood, stopped early on the validation sequences, whose best epoch is given back."""
+    """Maximum likelihood; with `patience`, until so many epochs were no better on the validation sequences: the best one."""
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -78,7 +78,7 @@ def train_mle(
         save_strategy="epoch",
         logging_strategy="epoch",
         save_total_limit=1,
-        load_best_model_at_end=True,
+        load_best_model_at_end=patience is not None,
         metric_for_best_model="eval_loss",
         prediction_loss_only=True,
         use_cpu=True,
@@ -90,7 +90,7 @@ def train_mle(
         args,
         train_dataset=as_rows(train_BT),
         eval_dataset=as_rows(validation_BT),
-        callbacks=[EarlyStoppingCallback(patience)],
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
     trainer.train()
     return trainer.model
@@ -154,8 +154,8 @@ def train_unified(
 ) -> PreTrainedModel:
     """The generator and an energy beside its start, each moved towards the other, the energy also towards the data."""
     defaults = {
-        "per_device_train_batch_size": 128,
-        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 64,
+        "learning_rate": 6e-3,
         "lr_scheduler_type": "linear",
         "discriminator_learning_rate": 1e-5,
         "data_weight": 1.0,
@@ -207,19 +207,24 @@ def _mle(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 
 
 def _mle_long(benchmark, seed: int, folder: Path) -> PreTrainedModel:
-    """As SeqGAN pretrains its generator: until NLL_oracle is least, long after NLL_gen is."""
+    """As SeqGAN's generator is pretrained: until NLL_oracle hardly falls any more, long after NLL_gen has begun to rise."""
     start = make_generator(benchmark.generator, seed)
-    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=40, patience=40)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=16, patience=None)
 
 
 def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
-    start = load_generator(benchmark.folder(seed, "mle") / "model")
+    start = load_generator(benchmark.folder(seed, "mle_long") / "model")
     return train_gan(start, benchmark.train, folder / "run", seed, steps=120)
 
 
 def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle") / "model")
-    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=100)
+    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=80)
 
 
-METHODS = {"mle": Method(_mle), "gan": Method(_gan, start="mle"), "unified": Method(_unified, start="mle")}
+METHODS = {
+    "mle": Method(_mle),
+    "mle_long": Method(_mle_long),
+    "gan": Method(_gan, start="mle_long"),
+    "unified": Method(_unified, start="mle"),
+}
