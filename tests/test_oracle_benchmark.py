@@ -1,5 +1,6 @@
 """The synthetic-oracle benchmark: its oracle against a plain LSTM, its sampler and scorer, its frontier."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import energies  # noqa: E402
 import frontier as frontiers  # noqa: E402
 import language  # noqa: E402
 import methods  # noqa: E402
+import run  # noqa: E402
 from lstm import LinearNLL, LSTMConfig, LSTMForCausalLM  # noqa: E402
 
 WORDS = 30
@@ -193,6 +195,34 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
     assert len(losses) == 3
     for found_B, wanted_B in losses:
         torch.testing.assert_close(found_B, wanted_B, rtol=1e-4, atol=1e-3)
+
+
+def test_the_benchmark_goes_on_where_it_stopped(tmp_path, oracle, monkeypatch):
+    for name, size in (("TRAIN", 128), ("VALIDATION", 64), ("HELD_OUT", 64)):
+        monkeypatch.setattr(run, name, size)
+    monkeypatch.setattr(run, "seeded_oracle", lambda seed: oracle)
+    started = []
+
+    def train(benchmark, seed, folder):
+        started.append(seed)
+        return methods.make_generator(benchmark.generator, seed, WORDS)
+
+    monkeypatch.setitem(methods.METHODS, "mle", methods.Method(train))
+    monkeypatch.setitem(methods.METHODS, "gan", methods.Method(train, start="mle"))
+    options = ["--output", str(tmp_path), "--samples", "64", "--oracle", "3"]
+    run.main([*options, "--methods", "gan", "--seeds", "1"])  # what it starts from comes first
+    assert started == [1, 1]
+    run.main([*options, "--methods", "mle", "gan", "--seeds", "1", "2"])
+    assert started == [1, 1, 2, 2]
+    found = json.loads((tmp_path / "oracle.json").read_text())
+    assert found["entropy"] == pytest.approx(float(language.nll(oracle, language.sample(oracle, 64, 1)).mean()))
+    parts = [json.loads((tmp_path / f"seed{n}" / "mle" / "part.json").read_text()) for n in (1, 2)]
+    sums = [min(row["nll_oracle"] + row["nll_gen"] for row in part["frontier"]) for part in parts]
+    assert found["methods"]["mle"]["best sum"] == pytest.approx([sum(sums) / 2, abs(sums[0] - sums[1]) / 2])
+    assert found["methods"]["gan"]["minus MLE's"] == pytest.approx([0.0, 0.0])  # the same models, the same samples
+    assert "| mle |" in (tmp_path / "table.md").read_text() and (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="give another --output"):
+        run.main([*options[:-1], "4"])
 
 
 @pytest.mark.slow
