@@ -29,11 +29,11 @@ from hf_gdc import Discriminator, GANConfig, GANTrainer, SmallGPTConfig, SmallGP
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "overwrite": True}
 
 
-def make_generator(kind: str, seed: int, vocab_size: int = VOCABULARY) -> PreTrainedModel:
-    """An untrained generator: "lstm" is SeqGAN's, "gpt" a small GPT with about as many parameters."""
+def make_generator(kind: str, seed: int, vocab_size: int = VOCABULARY, dropout: float = 0.0) -> PreTrainedModel:
+    """An untrained generator: "lstm" is SeqGAN's, "gpt" a small GPT with about as many parameters (without dropout)."""
     torch.manual_seed(seed)
     if kind == "lstm":
-        return LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size))
+        return LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size, dropout=dropout))
     config = SmallGPTConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -212,6 +212,12 @@ def _mle_long(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=16, patience=None)
 
 
+def _mle_dropout(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    """The usual regulariser: dropout of 0.2 on embeddings and hidden states, stopped early."""
+    start = make_generator(benchmark.generator, seed, dropout=0.2)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed)
+
+
 def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle_long") / "model")
     return train_gan(start, benchmark.train, folder / "run", seed, steps=120)
@@ -225,6 +231,7 @@ def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 METHODS = {
     "mle": Method(_mle),
     "mle_long": Method(_mle_long),
+    "mle_dropout": Method(_mle_dropout),
     "gan": Method(_gan, start="mle_long"),
     "unified": Method(_unified, start="mle"),
 }
