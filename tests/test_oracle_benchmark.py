@@ -160,7 +160,9 @@ def test_pairs_are_smoothed_towards_the_words_own_frequencies():
     torch.testing.assert_close(found[3], own)  # never seen
 
 
-def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(generator):
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(kind):
+    generator = methods.make_generator(kind, 0, WORDS).eval().requires_grad_(False)
     words = language.sample(generator, 100, seed=1)
     mixture = energies.MixtureLM(generator, energies.pair_probabilities(words, WORDS, 0.9), 0.3)
     ids = torch.cat([torch.zeros(4, 1, dtype=torch.long), words[:4]], 1)[:, :-1]
@@ -171,12 +173,13 @@ def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(generator)
     rollouts = sampler(None, ["0"] * 8)
     scored = -language.nll(mixture, rollouts.completion_ids_BT) * language.LENGTH
     assert rollouts.sampler_logp_B.tolist() == pytest.approx(scored.tolist(), rel=1e-5)
-    residual = energies.ResidualEnergy(mixture, generator)(rollouts)[:, 0]
+    residual = energies.ResidualEnergy(mixture)(rollouts)[:, 0]
     reference = -language.nll(generator, rollouts.completion_ids_BT) * language.LENGTH
     assert residual.tolist() == pytest.approx((scored - reference).tolist(), abs=1e-3)
 
 
-def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_path, oracle, monkeypatch):
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_path, oracle, monkeypatch, kind):
     words, losses = language.sample(oracle, 300, seed=1), []
     plain = energies.SampledEnergyTrainer.sample_losses
 
@@ -190,7 +193,7 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
         return loss_B, out
 
     monkeypatch.setattr(energies.SampledEnergyTrainer, "sample_losses", watched)
-    start = methods.make_generator("lstm", 0, WORDS)
+    start = methods.make_generator(kind, 0, WORDS)
     methods.train_unified(start, words[:200], words[200:], tmp_path, 0, steps=3, per_device_train_batch_size=16)
     assert len(losses) == 3
     for found_B, wanted_B in losses:

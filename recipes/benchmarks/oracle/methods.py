@@ -173,11 +173,10 @@ def train_unified(
         **QUIET,
         **defaults | options,
     )
-    reference = frozen(model)
-    energy = make_energy(reference, train_BT, validation_BT)
+    energy = make_energy(frozen(model), train_BT, validation_BT)
     trainer = SampledEnergyTrainer(
         model,
-        Discriminator(ResidualEnergy(energy, reference)),
+        Discriminator(ResidualEnergy(energy)),
         args=args,
         train_dataset=as_dataset(train_BT),
         processing_class=make_tokenizer(model.config.vocab_size),
