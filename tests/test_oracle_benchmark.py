@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_gdc.adversarial.real_text import RealTexts
+from hf_gdc.sampling import TransformersSampler
+
 ORACLE = Path(__file__).parents[1] / "recipes" / "benchmarks" / "oracle"
 sys.path.insert(0, str(ORACLE))
 
+import discriminators  # noqa: E402
 import energies  # noqa: E402
 import frontier as frontiers  # noqa: E402
 import language  # noqa: E402
@@ -77,8 +81,6 @@ def test_a_seed_makes_the_same_oracle_with_unit_variance(oracle):
 
 
 def test_what_the_sampler_records_is_the_models_log_probability(generator):
-    from hf_gdc.sampling import TransformersSampler
-
     sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
     torch.manual_seed(1)
     rollouts = sampler(generator, ["0"] * 16)
@@ -136,6 +138,16 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
     assert found["sum"] == min(row["nll_oracle"] + row["nll_gen"] for row in rows)
 
 
+def test_the_pair_discriminator_sums_over_a_prefix():
+    network = discriminators.PairDiscriminator(WORDS, hidden_size=3)
+    words = torch.tensor([[4, 7, 4]])
+    sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
+    rollouts = RealTexts(sampler)([{"prompt": "2", "completion": "4 7 4"}], torch.device("cpu"))
+    before, after, own = (embedding.weight for embedding in (network.before, network.after, network.own))
+    terms = [own[b, 0] + before[a] @ after[b] for a, b in zip([2, 4, 7], words[0].tolist(), strict=True)]
+    torch.testing.assert_close(network(rollouts)[0, :3], torch.stack(terms).cumsum(0))
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
 def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     words = language.sample(oracle, 300, seed=1)
@@ -145,9 +157,8 @@ def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     middle = float(language.nll(mle, words[200:]).mean())
     assert middle < before
     weights = mle.get_output_embeddings().weight.detach().clone()
-    gan = methods.train_gan(
-        mle, words[:200], tmp_path / "gan", 0, 2, per_device_train_batch_size=32, discriminator_warmup_steps=1
-    )
+    options = {"per_device_train_batch_size": 32, "discriminator_warmup_steps": 1, "learning_rate": 1e-3}
+    gan = methods.train_gan(mle, words[:200], tmp_path / "gan", 0, 2, **options)
     assert not torch.equal(weights, gan.get_output_embeddings().weight)
     assert float(language.nll(gan, words[200:]).mean()) == pytest.approx(middle, abs=0.2)
 

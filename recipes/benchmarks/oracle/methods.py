@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from discriminators import PairDiscriminator
 from energies import ResidualEnergy, SampledEnergyTrainer, frozen, make_energy
 from language import LENGTH, START, VOCABULARY, as_dataset, make_tokenizer
 from lstm import LSTMConfig, LSTMForCausalLM
@@ -17,8 +18,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
-    GPT2Config,
-    GPT2ForTokenClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -96,34 +95,19 @@ def train_mle(
     return trainer.model
 
 
-def dense_discriminator(seed: int, vocab_size: int = VOCABULARY) -> Discriminator:
-    """A causal transformer with a logit for every prefix: credit for each word without roll-outs."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab_size + 1,  # the tokenizer's EOS has a row, never read
-        n_positions=LENGTH + 1,
-        n_embd=64,
-        n_layer=1,
-        n_head=2,
-        num_labels=1,
-        pad_token_id=vocab_size,
-        bos_token_id=START,
-        eos_token_id=vocab_size,
-    )
-    return Discriminator(GPT2ForTokenClassification(config), dense=True, batch_size=512)
-
-
 def train_gan(
     model: PreTrainedModel, train_BT: Tensor, folder: Path, seed: int, steps: int, **options
 ) -> PreTrainedModel:
     """Adversarial training from a generator that maximum likelihood made."""
+    torch.manual_seed(seed)
+    discriminator = PairDiscriminator(model.config.vocab_size)
     defaults = {
-        "divergence": "seqgan",
-        "per_device_train_batch_size": 256,
-        "learning_rate": 1e-3,
+        "divergence": "reverse_kl",
+        "per_device_train_batch_size": 128,
+        "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
-        "discriminator_learning_rate": 1e-3,
-        "discriminator_steps": 1,
+        "discriminator_learning_rate": 5e-3,
+        "discriminator_steps": 3,
         "discriminator_warmup_steps": 20,
         "max_grad_norm": 5.0,
     }
@@ -140,7 +124,7 @@ def train_gan(
     )
     trainer = GANTrainer(
         model,
-        dense_discriminator(seed, model.config.vocab_size),
+        Discriminator(discriminator),
         args=args,
         train_dataset=as_dataset(train_BT),
         processing_class=make_tokenizer(model.config.vocab_size),
