@@ -27,14 +27,14 @@ from hf_gdc import Discriminator, GANConfig, GANTrainer, SmallGPTConfig, SmallGP
 from hf_gdc.models.modeling_small_gpt import SmallGPTForSequenceClassification, SmallGPTForTokenClassification
 
 TEXTS = 2000
-PLAIN = {"max_steps": 60, "learning_rate": 1e-2, "discriminator_learning_rate": 2e-2, "discriminator_steps": 2}
-TWICE = {"num_iterations": 2, "max_steps": 120, "learning_rate": 5e-3}  # as many samples
+PLAIN = {"max_steps": 60, "learning_rate": 5e-3, "discriminator_learning_rate": 1e-2, "discriminator_steps": 4}
+TWICE = {"num_iterations": 2, "max_steps": 120, "learning_rate": 2.5e-3}  # as many samples
 # What each row changes; dense, logit_clip and baseline are not options of GANConfig.
 ROWS = {
     "plain": {},
-    "one learning rate": {"discriminator_learning_rate": 1e-2},
+    "one learning rate": {"discriminator_learning_rate": 5e-3},
     "one discriminator step": {"discriminator_steps": 1},
-    "four discriminator steps": {"discriminator_steps": 4},
+    "eight discriminator steps": {"discriminator_steps": 8},
     "warm-up of the discriminator": {"discriminator_warmup_steps": 10},
     "warm-up of both": {"mle_steps": 10, "discriminator_warmup_steps": 10},
     "replay": {"discriminator_replay_samples": 256},
@@ -48,12 +48,11 @@ ROWS = {
     "credit for tokens": {"dense": True},
     "two passes over the samples": TWICE,
     "two passes, clipped steps": TWICE | {"cliprange": 0.2},
-    "four steps, warm-up, replay, R1 and R2": {
-        "discriminator_steps": 4,
+    "warm-up of both, replay, demonstrations": {
+        "mle_steps": 10,
         "discriminator_warmup_steps": 10,
         "discriminator_replay_samples": 256,
-        "r1": 0.1,
-        "r2": 0.1,
+        "demonstrations": 64,
     },
 }
 MEASURES = {"kl": "KL(p, pi)", "reverse_kl": "KL(pi, p)", "js": "JS", "entropy": "entropy of pi"}
@@ -152,7 +151,7 @@ def main() -> None:
     file, seeds = options.output / "runs.jsonl", list(range(options.seeds))
     lines = file.read_text().splitlines() if file.is_file() else []
     results = {(row["row"], row["seed"]): row for row in map(json.loads, lines)}
-    todo = [(name, seed) for name in ROWS for seed in seeds if (name, seed) not in results]
+    todo = [(name, seed) for seed in seeds for name in ROWS if (name, seed) not in results]
     for name, seed in todo[: options.most_runs]:
         row = {"row": name, "seed": seed, "changes": ROWS[name]} | one_run(ROWS[name], seed)
         results[name, seed] = row

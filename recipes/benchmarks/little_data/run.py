@@ -47,12 +47,14 @@ STOPPING |= {"greater_is_better": False, "save_strategy": "steps", "save_total_l
 GAME = STOPPING | {"max_steps": 60, "eval_steps": 10, "eval_samples": 300, "reference_samples": 512}
 GAME |= {"per_device_train_batch_size": 256, "per_device_eval_batch_size": BATCH, "max_completion_length": LENGTH}
 GAME |= {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "logging_steps": 10, "overwrite": True}
-PLAYERS = {"divergence": "js", "learning_rate": 1e-3, "discriminator_warmup_steps": 10, "discriminator_steps": 20}
-PLAYERS |= {"discriminator_learning_rate": 3e-3, "discriminator_weight_decay": 0.1}
+# AdamW's default epsilon moves the parameters of rare tokens as fast as all others, though their gradients are noise.
+PLAYERS = {"divergence": "js", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+PLAYERS |= {"discriminator_warmup_steps": 20, "discriminator_steps": 8}
+PLAYERS |= {"discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 0.03}
 METHODS = {
     "more maximum likelihood": {"mle_steps": 60, "learning_rate": 5e-4},
     "GAN": PLAYERS,
-    "unified": PLAYERS | {"data_term": "nce"},
+    "unified": PLAYERS | {"data_term": "nce", "data_weight": 4.0},
 }
 ROWS = ["start", "temperature", *METHODS]
 MEASURES = {"kl": "KL(p, pi)", "js": "JS", "entropy": "entropy", "grammatical": "grammatical", "copied": "copied"}
