@@ -333,7 +333,11 @@ for path in sys.argv[1:]:
 
 
 def test_loads_as_remote_code_without_the_library(tmp_path):
-    kinds = {"rotary": {}, "learned": {"position_embedding_type": "learned"}, "gru": {"recurrent_type": "gru"}}
+    kinds = {
+        "rotary": {},
+        "learned": {"position_embedding_type": "learned"},
+        "memory": {"recurrent_type": "gru", "token_shift": True},
+    }
     for name, options in kinds.items():
         path = tmp_path / name
         model, ids = make_model(**options), make_ids()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrent layer over the transformer's features: against its equations, and its state by every way of generating."""
+"""Small GPTs with a memory (a recurrent layer, shifted tokens): against their equations, and by every way of generating."""
 
 import pytest
 import torch
@@ -11,8 +11,13 @@ from transformers import DynamicCache, StaticCache
 from hf_gdc.kv_cache import roomy_cache
 from hf_gdc.models import SmallGPTConfig, SmallGPTForSequenceClassification
 
-KINDS = ("gru", "lstm")
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+MEMORIES = {
+    "gru": {"recurrent_type": "gru"},
+    "lstm": {"recurrent_type": "lstm"},
+    "shift": {"token_shift": True},
+    "both": {"token_shift": True, "recurrent_type": "gru"},
+}
+every_memory = pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 
 
 def by_equations(kind, rnn, features_BTW):
@@ -35,6 +40,7 @@ def by_equations(kind, rnn, features_BTW):
     return torch.stack(said, 1)
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_adds_the_recurrence_of_the_features(kind):
     model, plain = make_model(recurrent_type=kind), make_model()
     rest = plain.load_state_dict(model.state_dict(), strict=False)
@@ -51,10 +57,11 @@ def test_adds_the_recurrence_of_the_features(kind):
     torch.testing.assert_close(model(ids).logits, model.lm_head(model.model.norm(hidden_BTW)), atol=1e-5, rtol=1e-5)
 
 
+@every_memory
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_cached_logits_equal_uncached(kind, static, layers):
-    model, ids = make_model(recurrent_type=kind, num_hidden_layers=layers), make_ids()
+def test_cached_logits_equal_uncached(memory, static, layers):
+    model, ids = make_model(**memory, num_hidden_layers=layers), make_ids()
     cache = StaticCache(model.config, max_cache_len=LENGTH) if static else DynamicCache(config=model.config)
     pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([5, 1, 4, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
@@ -62,8 +69,9 @@ def test_cached_logits_equal_uncached(kind, static, layers):
     torch.testing.assert_close(model(ids, past_key_values=cache).logits[:, :5], pieces[0], atol=1e-5, rtol=1e-5)
 
 
-def test_left_padding_changes_nothing(kind):
-    model = make_model(recurrent_type=kind)
+@every_memory
+def test_left_padding_changes_nothing(memory):
+    model = make_model(**memory)
     rows, ids, mask = left_padded()
     padded = model(ids, mask).logits
     generated = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -73,11 +81,12 @@ def test_left_padding_changes_nothing(kind):
         assert torch.equal(generated[i, -length - 10 :], model.generate(row, **GREEDY)[0])
 
 
+@every_memory
 @pytest.mark.parametrize(
     "settings", [{}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "top_k": 0}], ids=str
 )
-def test_generation_does_not_depend_on_the_cache(kind, settings):
-    model = make_model(recurrent_type=kind)
+def test_generation_does_not_depend_on_the_cache(memory, settings):
+    model = make_model(**memory)
     _, ids, mask = left_padded()
     found = []
     for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
@@ -87,16 +96,18 @@ def test_generation_does_not_depend_on_the_cache(kind, settings):
     assert roomy_cache(model, 30) is None  # the sampler's own cache knows no states, and stands aside
 
 
-def test_generation_goes_on_from_a_returned_cache(kind):
-    model, ids = make_model(recurrent_type=kind), make_ids(2)
+@every_memory
+def test_generation_goes_on_from_a_returned_cache(memory):
+    model, ids = make_model(**memory), make_ids(2)
     first = model.generate(ids, **GREEDY | {"max_new_tokens": 4}, return_dict_in_generate=True)
     rest = model.generate(first.sequences, **GREEDY | {"max_new_tokens": 6}, past_key_values=first.past_key_values)
     assert torch.equal(rest, model.generate(ids, **GREEDY))
 
 
-def test_gradients_flow_through_the_cache(kind):
+@every_memory
+def test_gradients_flow_through_the_cache(memory):
     """Two halves, the second from the first one's cache, have the gradient of the whole."""
-    model, ids = make_model(recurrent_type=kind).double(), make_ids()
+    model, ids = make_model(**memory).double(), make_ids()
     whole = gradients(model, input_ids=ids, labels=ids, use_cache=False)
     model.zero_grad()
     cache = DynamicCache(config=model.config)
@@ -106,16 +117,18 @@ def test_gradients_flow_through_the_cache(kind):
     torch.testing.assert_close(own, whole, atol=1e-6, rtol=1e-4)  # the model's own loss is in single precision
 
 
-def test_classifies_left_and_right_padded_rows_alike(kind):
-    model = make_model(recurrent_type=kind, model_class=SmallGPTForSequenceClassification)
+@every_memory
+def test_classifies_left_and_right_padded_rows_alike(memory):
+    model = make_model(**memory, model_class=SmallGPTForSequenceClassification)
     rows, ids, mask = left_padded()
     right = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
     right_mask = nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
     torch.testing.assert_close(model(ids, mask).logits, model(right, right_mask).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_stays_near_single(kind):
-    model, ids = make_model(initializer_range=0.05, recurrent_type=kind), make_ids()
+@every_memory
+def test_half_precision_stays_near_single(memory):
+    model, ids = make_model(initializer_range=0.05, **memory), make_ids()
     single = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(ids).logits
@@ -123,11 +136,51 @@ def test_half_precision_stays_near_single(kind):
     assert (model.bfloat16()(ids).logits.float() - single).abs().max() < 0.1 * single.std()
 
 
-def test_what_cannot_be_is_refused(kind):
-    with pytest.raises(ValueError, match=f"recurrent_type='{kind}' .*set is_causal=True"):
-        SmallGPTConfig(recurrent_type=kind, is_causal=False)
-    with pytest.raises(ValueError, match="recurrent_type='rnn' .*None, 'gru', 'lstm'"):
-        SmallGPTConfig(recurrent_type="rnn")
-    model = make_model(recurrent_type=kind)
+@every_memory
+def test_no_assistant(memory):
     with pytest.raises(ValueError, match="stateful"):
-        model.generate(make_ids(1), **GREEDY, assistant_model=make_model())
+        make_model(**memory).generate(make_ids(1), **GREEDY, assistant_model=make_model())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recurrent_type": "gru", "is_causal": False}, "recurrent_type='gru' .*set is_causal=True"),
+        ({"token_shift": True, "is_causal": False}, "token_shift=True .*set is_causal=True"),
+        ({"recurrent_type": "rnn"}, "recurrent_type='rnn' .*None, 'gru', 'lstm'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SmallGPTConfig(**options)
+
+
+def test_a_shifted_model_reads_half_of_its_channels_from_the_token_before():
+    """By hand: the layer's modules on inputs whose second halves are moved by one token."""
+    model, ids = make_model(token_shift=True, num_hidden_layers=1), make_ids()
+    layer, transformer = model.model.layers[0], model.model
+
+    def shift(x_BTW):
+        moved = x_BTW.clone()
+        moved[:, 1:, 16:], moved[:, 0, 16:] = x_BTW[:, :-1, 16:], 0
+        return moved
+
+    seen = {}
+    layer.self_attn.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0]))
+    layer.self_attn.register_forward_hook(lambda _, __, output: seen.update(mixed=output[0]))
+    layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.update(mlp=inputs[0]))
+    logits = model(ids).logits
+    embeds = transformer.embed_tokens(ids)
+    torch.testing.assert_close(seen["attention"], shift(layer.input_layernorm(embeds)))
+    hidden = embeds + seen["mixed"]
+    torch.testing.assert_close(seen["mlp"], shift(layer.post_attention_layernorm(hidden)))
+    hidden = hidden + layer.mlp(shift(layer.post_attention_layernorm(hidden)))
+    torch.testing.assert_close(logits, model.lm_head(transformer.norm(hidden)))
+    assert set(make_model(num_hidden_layers=1).state_dict()) == set(model.state_dict())  # no parameter more
+
+
+def test_a_shifted_model_is_one_graph():
+    model, ids = make_model(token_shift=True), make_ids()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)

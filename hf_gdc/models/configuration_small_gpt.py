@@ -13,6 +13,7 @@ POSITION_EMBEDDING_TYPES = ("rotary", "learned", "sinusoidal")
 NORM_TYPES = ("rms", "layer")
 HIDDEN_ACTS = ("swiglu", "gelu")
 RECURRENT_TYPES = (None, "gru", "lstm")
+NUMBER_OF_STATES = 3  # of a layer in the cache: see states_small_gpt.py
 
 # Saving a model records only the class that was saved, but others are looked for (by vLLM, `AutoModel`).
 AUTO_MAP = {
@@ -49,8 +50,11 @@ class SmallGPTConfig(PreTrainedConfig):
         norm_type: `"rms"` or `"layer"`, applied before attention, before the MLP and at the end.
         norm_eps: added to the variance.
         hidden_act: `"swiglu"`, a linear unit gated by SiLU (Shazeer 2020, 2002.05202), or `"gelu"`.
+        token_shift: whether attention and MLP read half of their channels from the token before: no parameter more, and
+            far fewer tokens to learn from where tokens are short, as characters are.
         recurrent_type: `"gru"` or `"lstm"` adds a recurrent layer of width `hidden_size` over the features of the last
-            layer; then padding stands on the left where there is a cache, and a row holds one sequence. `None`: none.
+            layer. `None`: none. With this or `token_shift` padding stands on the left where there is a cache, and a row
+            holds one sequence.
         attention_dropout: dropout of the attention weights.
         residual_dropout: dropout of what attention and MLP add to the residual stream.
         embedding_dropout: dropout of the embedded tokens, positions included.
@@ -96,6 +100,7 @@ class SmallGPTConfig(PreTrainedConfig):
     norm_type: str = "rms"
     norm_eps: float = 1e-6
     hidden_act: str = "swiglu"
+    token_shift: bool = False
     recurrent_type: str | None = None
     attention_dropout: int | float = 0.0
     residual_dropout: int | float = 0.0
@@ -126,8 +131,10 @@ class SmallGPTConfig(PreTrainedConfig):
         if self.position_embedding_type != "rotary" or self.recurrent_type is not None:
             # A later stage of the pipeline enters with `inputs_embeds` and would add the positions again.
             self.base_model_pp_plan = None
-        if self.recurrent_type is not None:  # what caches go by: the last layer's also keeps a recurrent state
-            kwargs["layer_types"] = ["full_attention"] * (self.num_hidden_layers - 1) + ["hybrid"]
+        if self.recurrent_type is not None or self.token_shift:  # what caches go by: which layers also keep states
+            inner = "hybrid" if self.token_shift else "full_attention"
+            kwargs["layer_types"] = [inner] * (self.num_hidden_layers - 1) + ["hybrid"]
+            kwargs["number_of_conv_states"] = NUMBER_OF_STATES  # caches have one number for states of every kind
         kwargs["auto_map"] = AUTO_MAP | kwargs.get("auto_map", {})
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here too, because `strict` wraps what it raises in an error of its own
@@ -161,6 +168,9 @@ class SmallGPTConfig(PreTrainedConfig):
             self._require(self.hidden_size % 2 == 0, "hidden_size", "sinusoidal positions need it even")
         if self.recurrent_type is not None:
             self._require(self.is_causal, "recurrent_type", "it reads from left to right, so set is_causal=True")
+        if self.token_shift:
+            self._require(self.is_causal, "token_shift", "it reads from left to right, so set is_causal=True")
+            self._require(self.hidden_size % 2 == 0, "hidden_size", "token_shift moves half of it, so make it even")
 
     def _require(self, holds: bool, name: str, fix: str):
         if not holds:

@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_small_gpt import SmallGPTConfig
+from .states_small_gpt import BEFORE_ATTENTION, BEFORE_MLP, TokenShift
 
 CosSin = tuple[Tensor, Tensor]  # each (B, 1, T, D), the sines negative in the first half of D
 
@@ -166,11 +167,26 @@ class SmallGPTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SmallGPTMLP(config)
         self.dropout = nn.Dropout(config.residual_dropout)
+        self.shifts = None
+        if config.token_shift:
+            self.shifts = nn.ModuleList(TokenShift(layer_idx, state) for state in (BEFORE_ATTENTION, BEFORE_MLP))
 
-    def forward(self, hidden_BTW: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        mixed_BTW, _ = self.self_attn(self.input_layernorm(hidden_BTW), **kwargs)
+    def forward(
+        self,
+        hidden_BTW: Tensor,
+        padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        read_BTW = self.input_layernorm(hidden_BTW)
+        if self.shifts is not None:
+            read_BTW = self.shifts[0](read_BTW, padding_mask, past_key_values)
+        mixed_BTW, _ = self.self_attn(read_BTW, past_key_values=past_key_values, **kwargs)
         hidden_BTW = hidden_BTW + self.dropout(mixed_BTW)
-        return hidden_BTW + self.dropout(self.mlp(self.post_attention_layernorm(hidden_BTW)))
+        read_BTW = self.post_attention_layernorm(hidden_BTW)
+        if self.shifts is not None:
+            read_BTW = self.shifts[1](read_BTW, padding_mask, past_key_values)
+        return hidden_BTW + self.dropout(self.mlp(read_BTW))
 
 
 class SmallGPTPreTrainedModel(PreTrainedModel):

@@ -38,7 +38,8 @@ from .layers_small_gpt import (
     frequencies,
     last_token,
 )
-from .recurrent_small_gpt import SmallGPTRecurrence, split_masks
+from .recurrent_small_gpt import SmallGPTRecurrence
+from .states_small_gpt import split_masks
 
 
 class SmallGPTModel(SmallGPTPreTrainedModel):
@@ -100,7 +101,7 @@ class SmallGPTModel(SmallGPTPreTrainedModel):
         hidden_BTW = self.dropout(hidden_BTW)
         shared = {"position_ids": position_ids, "past_key_values": past_key_values, "rotary": rotary}
         for layer in self.layers:
-            hidden_BTW = layer(hidden_BTW, attention_mask=mask, **shared, **kwargs)
+            hidden_BTW = layer(hidden_BTW, padding_mask, attention_mask=mask, **shared, **kwargs)
         if self.config.recurrent_type is not None:
             hidden_BTW = self.recurrence(hidden_BTW, padding_mask, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTW), past_key_values=past_key_values)
@@ -139,8 +140,8 @@ class SmallGPTLanguageModel(SmallGPTPreTrainedModel):
         super().__init__(config)
         self.model = SmallGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = config.recurrent_type is not None
-        self._can_compile_fullgraph = not self._is_stateful
+        self._is_stateful = config.recurrent_type is not None or config.token_shift
+        self._can_compile_fullgraph = config.recurrent_type is None
         self.post_init()
 
 

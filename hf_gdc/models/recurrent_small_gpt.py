@@ -4,15 +4,12 @@
 A GRU (Cho et al. 2014, 1406.1078) or LSTM (Hochreiter & Schmidhuber 1997) reads the features of the last layer from left
 to right and adds what it says to the residual stream. At 6 or 8 times `hidden_size`^2 parameters it carries a sequence's
 past in one vector, where attention needs a key and a value for every token. The state lies in the cache beside the last
-layer's keys and values (transformers' "hybrid" layers), so `generate` keeps, reorders and offloads it like these.
+layer's keys and values (`states_small_gpt`, which has what is left out).
 
-The file travels to the Hub with every saved model, so it imports nothing of `hf_gdc`.
+The file travels to the Hub with every saved model, so it imports nothing of `hf_gdc`. Left out: `torch.compile` as one
+graph, which torch's own recurrent layers break.
 
-Left out: several sequences packed into one row, whose state would run on from one to the next; padding on the right before
-cached tokens; assisted generation, since a state can't be wound back; `torch.compile` as one graph, which torch's own
-recurrent layers break.
-
-Shapes: B batch, T tokens of this call, S tokens with the cache, W hidden size, C the state's size: W, for an LSTM 2W.
+Shapes: B batch, T tokens of this call, W hidden size, C the state's size: W, for an LSTM 2W.
 """
 
 import torch
@@ -21,16 +18,9 @@ from transformers.cache_utils import Cache
 
 from .configuration_small_gpt import SmallGPTConfig
 from .layers_small_gpt import NORMS
+from .states_small_gpt import RECURRENCE, without_padding
 
 RNNS = {"gru": nn.GRU, "lstm": nn.LSTM}
-
-
-def split_masks(attention_mask: Tensor | dict | None) -> tuple[Tensor | None, Tensor | None]:
-    """-> (attention's mask, the (B, S) or (B, T) mask of padding, or None); `generate` gives both for a static cache."""
-    if isinstance(attention_mask, dict):
-        return attention_mask["full_attention"], attention_mask["linear_attention"]
-    known = attention_mask is not None and attention_mask.ndim == 2
-    return attention_mask, attention_mask if known else None
 
 
 class SmallGPTRecurrence(nn.Module):
@@ -47,17 +37,14 @@ class SmallGPTRecurrence(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_BTW: Tensor, padding_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
-        features_BTW = self.norm(hidden_BTW)
-        if padding_mask is not None:
-            shown_BT1 = padding_mask[:, -hidden_BTW.shape[1] :, None].to(features_BTW.dtype)
-            features_BTW = features_BTW * shown_BT1
+        features_BTW = without_padding(self.norm(hidden_BTW), padding_mask)
         state_1BC = None
         if past_key_values is not None:
-            state_BC = past_key_values.layers[self.layer_idx].recurrent_states[0]
+            state_BC = past_key_values.layers[self.layer_idx].recurrent_states[RECURRENCE]
             state_1BC = None if state_BC is None else state_BC[None].clone()  # the cache will overwrite its own
         said_BTW, state_1BC = self._read(features_BTW, state_1BC)
         if past_key_values is not None:
-            past_key_values.update_recurrent_state(state_1BC[0], self.layer_idx)
+            past_key_values.update_recurrent_state(state_1BC[0], self.layer_idx, RECURRENCE)
         return hidden_BTW + self.dropout(said_BTW)
 
     def _read(self, features_BTW: Tensor, state_1BC: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,9 @@ class Clock(TrainerCallback):
 def small_gpt(vocab: int) -> SmallGPTForCausalLM:
     """With SwiGLU 344 wide it has as many parameters as nanoGPT's, whose MLP has two matrices of 512."""
     shape = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 344}
-    return SmallGPTForCausalLM(SmallGPTConfig(vocab_size=vocab, max_position_embeddings=BLOCK + 1, **shape))
+    return SmallGPTForCausalLM(
+        SmallGPTConfig(vocab_size=vocab, max_position_embeddings=BLOCK + 1, token_shift=True, **shape)
+    )
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:

@@ -148,4 +148,4 @@ class RecurrentTest(modeling.ModelTesterMixin, training.TrainingTesterMixin, uni
     model_tester = None
 
     def setUp(self):
-        self.model_tester = Shape(self, recurrent_type="gru")
+        self.model_tester = Shape(self, recurrent_type="gru", token_shift=True)
