@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 TRL_PPO = .trl-1.12
 ACCELERATE = $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 
-.PHONY: help quickstart rlhf images test test-slow test-transformers lint format test-minimum test-trl-ppo bench rare-pool rare clean
+.PHONY: help quickstart rlhf glm images test test-slow test-transformers lint format test-minimum test-trl-ppo bench rare-pool rare clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -21,6 +21,9 @@ quickstart: $(VENV)/installed ## pretrain a small GPT, then match it to a target
 
 rlhf: $(VENV)/installed ## pretraining, fine-tuning, a reward model and PPO, offline, with a table (minutes on 2 cores)
 	$(ACCELERATE) recipes/rlhf/run.py --config recipes/rlhf/config.yaml $(OPTIONS)
+
+glm: $(VENV)/installed ## pretraining, fine-tuning, a GAN and the joint objective, offline, with a table (minutes on one core)
+	$(ACCELERATE) recipes/glm/run.py --config recipes/glm/config.yaml $(OPTIONS)
 
 images: $(VENV)/installed ## a GAN on scikit-learn's digits, with metrics and a grid of samples
 	$(ACCELERATE) recipes/images/run.py --config recipes/images/config.yaml $(OPTIONS)

@@ -128,7 +128,7 @@ def test_a_dataset_id_goes_to_load_dataset(tmp_path, monkeypatch, streaming):
             "column `text` .* has 2 rows without a value",
         ),
         ("number.jsonl", '{"text": 3}', "column `text` .* must hold text .* not 3"),
-        ("table.csv", "text\na", r"must end in \.txt, \.jsonl or \.json"),
+        ("table.tsv", "text\na", r"must end in \.txt, \.jsonl, \.json or \.csv"),
     ],
 )
 def test_errors_of_files(tmp_path, name, content, message):

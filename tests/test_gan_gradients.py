@@ -228,3 +228,13 @@ def test_energy_gradient_by_a_critic_is_that_of_the_divergence(tmp_path):
 
     exact = exact_gradient(trainer, every, log_true, 2.0, True, divergence_term=term)
     assert (estimated - exact).norm() / exact.norm() < 1e-8
+
+
+def test_real_texts_are_scored_once_for_all_steps_of_an_energy(tmp_path):
+    """Noise contrastive estimation needs log pi of real texts, and the policy stands still meanwhile."""
+    trainer, rollouts = energy_problem(tmp_path, data_term="nce", discriminator_steps=4)
+    real, _ = in_proportion(trainer, [1] * 15)
+    scored, policy_logp = [], trainer.actors.policy_logp
+    trainer.actors.policy_logp = lambda side: scored.append(side is real) or policy_logp(side)
+    trainer.learner(rollouts, real)
+    assert scored == [True]

@@ -130,8 +130,8 @@ def test_every_stage_is_made_once_and_measured(tmp_path, capsys):
         assert row["nll"] > truth["nll"] and row["bleu"] < truth["bleu"] and 0 <= row["discriminator"] <= 1
     for row in report["ratios"].values():
         assert set(row) == {"temperature 1", "equal entropy", "equal self-BLEU"}
-    longer = report["models"]["longer"]["bleu"] / report["models"]["sft"]["bleu"]
-    assert report["ratios"]["longer"]["temperature 1"]["bleu"] == pytest.approx(longer)
+    longer = report["models"]["longer"]["rouge1"] / report["models"]["sft"]["rouge1"]
+    assert report["ratios"]["longer"]["temperature 1"]["rouge1"] == pytest.approx(longer)
     for stage in ("gan", "fusion"):
         factors = json.loads((tmp_path / "out" / stage / "model" / "target.json").read_text())["factors"]
         assert [row["type"] for row in factors] == [{"gan": "Policy", "fusion": "Reference"}[stage], "Discriminator"]

@@ -1,5 +1,6 @@
 """The synthetic-oracle benchmark: its oracle against a plain LSTM, its sampler and scorer, its frontier."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -9,13 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_gdc.adversarial.real_text import RealTexts
+from hf_gdc.sampling import TransformersSampler
+
 ORACLE = Path(__file__).parents[1] / "recipes" / "benchmarks" / "oracle"
 sys.path.insert(0, str(ORACLE))
 
+import discriminators  # noqa: E402
 import energies  # noqa: E402
 import frontier as frontiers  # noqa: E402
 import language  # noqa: E402
 import methods  # noqa: E402
+import run  # noqa: E402
 from lstm import LinearNLL, LSTMConfig, LSTMForCausalLM  # noqa: E402
 
 WORDS = 30
@@ -75,8 +81,6 @@ def test_a_seed_makes_the_same_oracle_with_unit_variance(oracle):
 
 
 def test_what_the_sampler_records_is_the_models_log_probability(generator):
-    from hf_gdc.sampling import TransformersSampler
-
     sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
     torch.manual_seed(1)
     rollouts = sampler(generator, ["0"] * 16)
@@ -134,6 +138,15 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
     assert found["sum"] == min(row["nll_oracle"] + row["nll_gen"] for row in rows)
 
 
+def test_the_pair_discriminator_sums_over_a_prefix():
+    network, words = discriminators.PairDiscriminator(WORDS, hidden_size=3), [4, 7, *[4] * 18]
+    sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
+    rollouts = RealTexts(sampler)([{"prompt": "2", "completion": " ".join(map(str, words))}], torch.device("cpu"))
+    before, after, own = (embedding.weight for embedding in (network.before, network.after, network.own))
+    terms = [own[b, 0] + before[a] @ after[b] for a, b in zip([2, *words], words, strict=False)]
+    torch.testing.assert_close(network(rollouts)[0], torch.stack(terms).cumsum(0))
+
+
 @pytest.mark.parametrize("kind", ["lstm", "gpt"])
 def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     words = language.sample(oracle, 300, seed=1)
@@ -143,9 +156,8 @@ def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     middle = float(language.nll(mle, words[200:]).mean())
     assert middle < before
     weights = mle.get_output_embeddings().weight.detach().clone()
-    gan = methods.train_gan(
-        mle, words[:200], tmp_path / "gan", 0, 2, per_device_train_batch_size=32, discriminator_warmup_steps=1
-    )
+    options = {"per_device_train_batch_size": 32, "discriminator_warmup_steps": 1, "learning_rate": 1e-3}
+    gan = methods.train_gan(mle, words[:200], tmp_path / "gan", 0, 2, **options)
     assert not torch.equal(weights, gan.get_output_embeddings().weight)
     assert float(language.nll(gan, words[200:]).mean()) == pytest.approx(middle, abs=0.2)
 
@@ -158,7 +170,9 @@ def test_pairs_are_smoothed_towards_the_words_own_frequencies():
     torch.testing.assert_close(found[3], own)  # never seen
 
 
-def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(generator):
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(kind):
+    generator = methods.make_generator(kind, 0, WORDS).eval().requires_grad_(False)
     words = language.sample(generator, 100, seed=1)
     mixture = energies.MixtureLM(generator, energies.pair_probabilities(words, WORDS, 0.9), 0.3)
     ids = torch.cat([torch.zeros(4, 1, dtype=torch.long), words[:4]], 1)[:, :-1]
@@ -169,12 +183,13 @@ def test_the_energy_mixes_word_by_word_and_is_sampled_as_it_is_scored(generator)
     rollouts = sampler(None, ["0"] * 8)
     scored = -language.nll(mixture, rollouts.completion_ids_BT) * language.LENGTH
     assert rollouts.sampler_logp_B.tolist() == pytest.approx(scored.tolist(), rel=1e-5)
-    residual = energies.ResidualEnergy(mixture, generator)(rollouts)[:, 0]
+    residual = energies.ResidualEnergy(mixture)(rollouts)[:, 0]
     reference = -language.nll(generator, rollouts.completion_ids_BT) * language.LENGTH
     assert residual.tolist() == pytest.approx((scored - reference).tolist(), abs=1e-3)
 
 
-def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_path, oracle, monkeypatch):
+@pytest.mark.parametrize("kind", ["lstm", "gpt"])
+def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_path, oracle, monkeypatch, kind):
     words, losses = language.sample(oracle, 300, seed=1), []
     plain = energies.SampledEnergyTrainer.sample_losses
 
@@ -182,22 +197,50 @@ def test_the_unified_loss_is_the_cross_entropy_to_the_energys_next_words(tmp_pat
         loss_B, out = plain(trainer, model, rollouts)
         ids_BT = torch.cat([rollouts.prompt_ids_BP, rollouts.completion_ids_BT[:, :-1]], 1)
         with torch.no_grad():
-            p = trainer.discriminator.network.model(ids_BT).logits.exp()
+            p = trainer.discriminator.network.mixture(ids_BT).logits.exp()
             wanted_B = -(p * trainer.model(ids_BT).logits.log_softmax(-1)).sum((1, 2))
         losses.append((loss_B.detach(), wanted_B))
         return loss_B, out
 
     monkeypatch.setattr(energies.SampledEnergyTrainer, "sample_losses", watched)
-    start = methods.make_generator("lstm", 0, WORDS)
+    start = methods.make_generator(kind, 0, WORDS)
     methods.train_unified(start, words[:200], words[200:], tmp_path, 0, steps=3, per_device_train_batch_size=16)
     assert len(losses) == 3
     for found_B, wanted_B in losses:
         torch.testing.assert_close(found_B, wanted_B, rtol=1e-4, atol=1e-3)
 
 
+def test_the_benchmark_goes_on_where_it_stopped(tmp_path, oracle, monkeypatch):
+    for name, size in (("TRAIN", 128), ("VALIDATION", 64), ("HELD_OUT", 64)):
+        monkeypatch.setattr(run, name, size)
+    monkeypatch.setattr(run, "seeded_oracle", lambda seed: oracle)
+    started = []
+
+    def train(benchmark, seed, folder):
+        started.append(seed)
+        return methods.make_generator(benchmark.generator, seed, WORDS)
+
+    monkeypatch.setitem(methods.METHODS, "mle", methods.Method(train))
+    monkeypatch.setitem(methods.METHODS, "gan", methods.Method(train, start="mle"))
+    options = ["--output", str(tmp_path), "--samples", "64", "--oracle", "3"]
+    run.main([*options, "--methods", "gan", "--seeds", "1"])  # what it starts from comes first
+    assert started == [1, 1]
+    run.main([*options, "--methods", "mle", "gan", "--seeds", "1", "2"])
+    assert started == [1, 1, 2, 2]
+    found = json.loads((tmp_path / "oracle.json").read_text())
+    assert found["entropy"] == pytest.approx(float(language.nll(oracle, language.sample(oracle, 64, 1)).mean()))
+    parts = [json.loads((tmp_path / f"seed{n}" / "mle" / "part.json").read_text()) for n in (1, 2)]
+    sums = [min(row["nll_oracle"] + row["nll_gen"] for row in part["frontier"]) for part in parts]
+    assert found["methods"]["mle"]["best sum"] == pytest.approx([sum(sums) / 2, abs(sums[0] - sums[1]) / 2])
+    assert found["methods"]["gan"]["minus MLE's"] == pytest.approx([0.0, 0.0])  # the same models, the same samples
+    assert "| mle |" in (tmp_path / "table.md").read_text() and (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="give another --output"):
+        run.main([*options[:-1], "4"])
+
+
 @pytest.mark.slow
 def test_unified_training_learns_what_the_counts_know(tmp_path, oracle):
-    """Of 700 sequences maximum likelihood learns some by heart; pulled to the mixture, the generator knows unseen ones better."""
+    """Maximum likelihood learns some of 700 sequences by heart; pulled to the mixture, it knows unseen ones better."""
     words = language.sample(oracle, 2000, seed=1)
     train, unseen = words[:700], words[1500:]
     mle = methods.train_mle(methods.make_generator("lstm", 0, WORDS), train, unseen, tmp_path / "mle", 0)

@@ -28,7 +28,8 @@ from ..rollouts import Rollouts
 from .discriminator_training import DiscriminatorLearner
 from .losses import dual
 
-COEFFICIENT, OFFSET = "coefficient of grad d", "log a - log q"  # entries of scores, which select cuts along
+# Entries of scores, which select cuts along.
+COEFFICIENT, OFFSET, LOG_PI = "coefficient of grad d", "log a - log q", "log pi of real texts"
 
 
 class EnergyLearner(DiscriminatorLearner):
@@ -70,13 +71,13 @@ class EnergyLearner(DiscriminatorLearner):
         elif args.data_term == "critic":
             coefficient_N += args.data_weight * self._criticised(fake, shares_N)
         self.log({"energy/ess": effective_sample_size(shares_N.log())})
+        offsets = self._offsets(fake, real) if args.data_term == "nce" else None
         plain, real = super().prepare(fake, real)
         # Each process adds up its own part, and gradients are averaged.
         plain.scores[COEFFICIENT] = coefficient_N[keep] * args.world_size
         real.scores[COEFFICIENT] = torch.full((len(real),), real_coefficient, dtype=torch.float64)
-        if args.data_term == "nce":
-            plain.scores[OFFSET] = self.actors.reference_logp(fake) - fake.sampler_logp_B
-            real.scores[OFFSET] = self.actors.reference_logp(real) - self._log_q(real)
+        if offsets is not None:
+            plain.scores[OFFSET], real.scores[OFFSET] = offsets
         return plain, real
 
     def objective(self, real_BT: Tensor, fake_BT: Tensor, real: Rollouts, fake: Rollouts) -> Tensor:
@@ -162,9 +163,16 @@ class EnergyLearner(DiscriminatorLearner):
         shares = torch.tensor([own, each], dtype=torch.float64) / (own + each)
         return torch.logaddexp(log_pi + shares[0].log(), log_a + shares[1].log())
 
+    def _offsets(self, fake: Rollouts, real: Rollouts) -> tuple[Tensor, Tensor]:
+        """log a - log q of samples and real texts; models score a set of them once, however many steps it lasts."""
+        offset_F = self.actors.reference_logp(fake) - fake.sampler_logp_B
+        return offset_F, self.actors.reference_logp(real) - self._log_q(real)
+
     def _log_q(self, real: Rollouts) -> Tensor:
         """(R,) log-density of what the samples are from, at the real texts."""
-        log_pi, each = self.actors.policy_logp(real), self.args.reference_negatives // len(real)
+        if LOG_PI not in real.scores:  # the policy stands still while the energy takes its steps
+            real.scores[LOG_PI] = self.actors.policy_logp(real)
+        log_pi, each = real.scores[LOG_PI], self.args.reference_negatives // len(real)
         if not each:
             return log_pi
         return self._log_mixture(log_pi, self.actors.reference_logp(real), self.args.num_generations, each)

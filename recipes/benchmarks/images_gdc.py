@@ -11,7 +11,8 @@
   generator is distilled from the discriminator, and the discriminator goes on learning from data.
 
 All have the same updates, batches and first random numbers; drawing the samples is not counted. One classifier that no
-generator has seen judges them, on as many images as the test half has.
+generator has seen judges them, on as many images as the test half has. Seeds that the result file has, of as many steps and
+judged alike, are not played again.
 """
 
 import argparse
@@ -50,6 +51,7 @@ GAME = {
 GAME |= {"adam_beta2": 0.99, "per_device_train_batch_size": 32, "sample_steps": 0, "use_cpu": True, "report_to": "none"}
 GAME |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 SHOWN = ("fid", "inception_score", "precision", "recall", "confident")
+PLACE = Path("outputs/benchmarks/images_gdc.json")
 ARMS = ("plain", "restarted", "gdc")
 
 
@@ -95,31 +97,31 @@ def main() -> None:
     classifier, accuracy = train_classifier(train, test, epochs=120)
     real = judge(classifier, test.pixel_values)
     floor = image_metrics(judge(classifier, train.pixel_values[: len(test)]), real)
-    rows: dict[str, list[dict]] = {name: [] for name in ARMS}
+    setting = {"steps": options.steps, "classifier": classifier.fingerprint(), "accuracy": accuracy}
+    setting |= {"floor_fid": floor["fid"], "real_inception_score": inception_score(real.logps_BK)}
+    known = json.loads(PLACE.read_text()) if PLACE.exists() else {}
+    runs = known["runs"] if setting.items() <= known.items() else {}
+    PLACE.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
+        if str(seed) in runs:
+            continue
+        own = {}
         for name, trainer, notes in compare(train, options.steps, seed):
-            rows[name].append(measured(trainer, classifier, real, seed) | notes)
-            print(f"seed {seed} {name:9}" + "".join(f"  {key} {rows[name][-1][key]:.3f}" for key in SHOWN), flush=True)
-    average = {name: {key: mean(row[key] for row in own) for key in SHOWN} for name, own in rows.items()}
+            own[name] = measured(trainer, classifier, real, seed) | notes
+            print(f"seed {seed} {name:9}" + "".join(f"  {key} {own[name][key]:.3f}" for key in SHOWN), flush=True)
+        runs[str(seed)] = own
+        PLACE.write_text(json.dumps(setting | summary(runs)) + "\n")
+    print(json.dumps(setting | summary(runs)))
+
+
+def summary(runs: dict[str, dict[str, dict[str, float]]]) -> dict:
+    """Means over seeds, and gdc's over those of the others."""
+    average = {name: {key: mean(own[name][key] for own in runs.values()) for key in SHOWN} for name in ARMS}
     ratios = {
         f"gdc_over_{name}": {key: average["gdc"][key] / average[name][key] for key in SHOWN}
         for name in ("plain", "restarted")
     }
-    result = {
-        "steps": options.steps,
-        "seeds": options.seeds,
-        "classifier": classifier.fingerprint(),
-        "accuracy": accuracy,
-        "floor_fid": floor["fid"],
-        "real_inception_score": inception_score(real.logps_BK),
-        "mean": average,
-        **ratios,
-        "runs": rows,
-    }
-    place = Path("outputs/benchmarks/images_gdc.json")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    return {"mean": average, **ratios, "runs": runs}
 
 
 def measured(trainer: ImageGANTrainer, classifier, real, seed: int) -> dict[str, float]:

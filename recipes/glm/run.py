@@ -106,9 +106,10 @@ class Stages(Chain):
         tuned = pick(own, "num_texts sft_learning_rate sft_epochs")
         self.stage("sft", self.fine_tune, ("pretrain",), **tuned)
         self.stage("longer", self.fine_tune_longer, ("sft",), **pick(self.args, "max_steps learning_rate"))
-        game = deciding(self.args) | pick(own, "logit_clip num_texts")
-        self.stage("gan", self.play, ("masked", "sft"), **game)
-        self.stage("fusion", self.fuse, ("masked", own.fusion_from), **game, **pick(own, "fusion_learning_rate"))
+        clip = pick(own, "logit_clip")
+        self.stage("gan", self.play, ("masked", "sft"), **deciding(self.gan_args()), **clip)
+        fusion = pick(own, "fusion_learning_rate") | clip
+        self.stage("fusion", self.fuse, ("masked", own.fusion_from), **deciding(self.args), **fusion)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder("pretrain"))
@@ -179,10 +180,13 @@ class Stages(Chain):
         trainer.train()
         trainer.save_model(self.folder(name))
 
-    def play(self) -> None:
+    def gan_args(self) -> GANConfig:
         shared = {f.name: getattr(self.args, f.name) for f in fields(AdversarialConfig) if f.init}
-        args = GANConfig(**shared | {"output_dir": f"{self.output}/gan/run", "overwrite": True})
-        self.train("gan", GANTrainer(self.folder("sft"), self.discriminator(), args=args, train_dataset=self.texts()))
+        return GANConfig(**shared | {"output_dir": f"{self.output}/gan/run", "overwrite": True})
+
+    def play(self) -> None:
+        start, rows = self.folder("sft"), self.texts()
+        self.train("gan", GANTrainer(start, self.discriminator(), args=self.gan_args(), train_dataset=rows))
 
     def fuse(self) -> None:
         rate = self.options.fusion_learning_rate or self.args.learning_rate
@@ -210,7 +214,8 @@ def report(chain: Stages) -> dict:
     rows = load_prompts("stories", num_stories=2 * own.report_prompts, seed=seed)
     pairs = list(zip(rows["prompt"], rows["completion"], strict=True))
     prompts = rows["prompt"][: own.report_prompts]
-    drawn = [[text[len(first) :] for text in after(first).sample(1 + own.report_references, seed)] for first in prompts]
+    each = 1 + own.report_references
+    drawn = [[t[len(first) :] for t in after(first).sample(each, 10**6 * seed + n)] for n, first in enumerate(prompts)]
     judge = GenerationScores(
         tokenizer,
         prompts,
@@ -252,7 +257,8 @@ def ratios(judge: GenerationScores, networks: dict, measured: dict) -> dict:
 
 
 def _over(row: dict, base: dict) -> dict:
-    return {name: row[name] / base[name] for name in ("bleu", "rouge1", "rouge2", "rougeL")}
+    """Ratios; None where the fine-tuned model shares nothing with the references."""
+    return {name: row[name] / base[name] if base[name] else None for name in ("bleu", "rouge1", "rouge2", "rougeL")}
 
 
 COLUMNS = {"nll": "nll", "entropy": "entropy", "grammatical": "grammatical", "bleu": "BLEU", "rougeL": "ROUGE-L"}
@@ -271,8 +277,8 @@ def print_report(found: dict) -> None:
     print("\nover the fine-tuned model:")
     for name, row in found["ratios"].items():
         for label, values in row.items():
-            at = f" (temperature {values['temperature']:.2f})" if "temperature" in values else ""
-            print(f"  {name:8}{label:18}BLEU x {values['bleu']:.3f}, ROUGE-L x {values['rougeL']:.3f}{at}")
+            cells = "".join(f"{key} {value:.3f}  " for key, value in values.items() if value is not None)
+            print(f"  {name:8}{label:18}{cells}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ import torch
 from hf_gdc import DCGANGenerator, ImageGANConfig, ImageGANTrainer, ImageRejectionSampler, Moment, Policy, load_images
 from hf_gdc.checkpoints import claim_output_dir
 from hf_gdc.cli import parse_options, resume_option
-from hf_gdc.images.classifier import LeNet, judge
+from hf_gdc.images.classifier import LeNet, judge, load_classifier
 from hf_gdc.images.features import class_probability
 from hf_gdc.images.grids import save_grid
 from hf_gdc.metrics.images import class_shares
@@ -40,6 +40,7 @@ class ControlArguments:
     label: int = field(default=3, metadata={"help": "The class."})
     share: float = field(default=0.5, metadata={"help": "Its wanted share."})
     tv: float = field(default=0.05, metadata={"help": "Bound of TV to the target that the filter keeps."})
+    pool: int = field(default=20_000, metadata={"help": "Images of the generator on which the filter is fitted."})
     measured: int = field(default=10_000, metadata={"help": "Fresh images on which shares are measured."})
 
 
@@ -59,7 +60,7 @@ def describe(images: torch.Tensor, classifier: LeNet, label: int, base: torch.Te
 def main(argv: list[str] | None = None) -> None:
     options, args = parse_options(ControlArguments, ImageGANConfig, argv=argv)
     run, output = Path(options.run), Path(args.output_dir)
-    classifier = LeNet.from_pretrained(run / "classifier").eval()
+    classifier = load_classifier(str(run / "classifier")).eval()
     generator = DCGANGenerator.from_pretrained(run / "model")
     if generator.config.num_classes:
         raise ValueError(
@@ -72,14 +73,18 @@ def main(argv: list[str] | None = None) -> None:
         claim_output_dir(args.output_dir, args.overwrite)
     args.output_dir = str(output / "training")
 
+    def classified(images: torch.Tensor, **_) -> torch.Tensor:
+        """Whether the classifier's choice is the label, as shares count it: 0 or 1, without a gradient."""
+        return (judge(classifier, images * 2 - 1).labels_B == options.label).double()
+
     # The generator needs the probability itself, for its gradient.
-    threshold = 0.5 if args.constrain == "data" else None
+    trained_on = classified if args.constrain == "data" else class_probability(classifier, options.label)
     before = generator.sample(options.measured, generator=torch.Generator().manual_seed(1))
     own, real = class_shares(judge(classifier, before)), class_shares(judge(classifier, test.pixel_values))
     rows = {"before": describe(before, classifier, options.label, own)}
 
-    hard = class_probability(classifier, options.label, 0.5)
-    sampler = ImageRejectionSampler(Policy() * Moment(hard, options.share), generator, tv=options.tv)
+    target = Policy() * Moment(classified, options.share)
+    sampler = ImageRejectionSampler(target, generator, tv=options.tv, pool_samples=options.pool)
     filtered = sampler.sample(options.measured)
     rows["filtered"] = describe(filtered, classifier, options.label, own)
     rows["filtered"] |= {"acceptance_rate": sampler.accepted / sampler.drawn, "tv_upper": sampler.estimate().tv_upper}
@@ -90,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         args=args,
         train_dataset=train,
         eval_dataset=test,
-        target=Policy() * Moment(class_probability(classifier, options.label, threshold), options.share),
+        target=Policy() * Moment(trained_on, options.share),
     )
     trainer.train(resume_from_checkpoint=resume_option(args))
     trained = trainer.sampler.sample(options.measured, generator=torch.Generator().manual_seed(2))

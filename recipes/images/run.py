@@ -30,7 +30,7 @@ from hf_gdc.checkpoints import claim_output_dir
 from hf_gdc.classifier_training import train_classifier
 from hf_gdc.cli import TargetArguments, further_factors, parse_options, resume_option
 from hf_gdc.hub import write_model_card
-from hf_gdc.images.classifier import Judged, LeNet, judge
+from hf_gdc.images.classifier import Judged, LeNet, judge, load_classifier
 from hf_gdc.images.data import ImageDataset, load_images
 from hf_gdc.images.grids import save_grid
 from hf_gdc.metrics.images import class_shares, image_metrics
@@ -68,9 +68,12 @@ class ImageArguments:
             self.model_kwargs = json.loads(self.model_kwargs)
 
 
-def make_classifier(train: ImageDataset, test: ImageDataset, epochs: float, folder: str) -> None:
-    """Train and save the judge."""
-    classifier, accuracy = train_classifier(train, test, epochs)
+def place_classifier(options: ImageArguments, train: ImageDataset, test: ImageDataset, folder: str) -> None:
+    """Train the judge, or take the given one, and save it with the run."""
+    if options.classifier is not None:
+        load_classifier(options.classifier).save_pretrained(folder)
+        return
+    classifier, accuracy = train_classifier(train, test, options.classifier_epochs)
     classifier.save_pretrained(folder)
     print(f"classifier {classifier.fingerprint()}: accuracy {accuracy:.3f} on the test half, saved {folder}")
 
@@ -125,11 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     generator = build_generator(options, train)
     output, process = Path(args.output_dir), PartialState()
-    place = options.classifier or str(output / "classifier")
+    place = str(output / "classifier")
     if process.is_main_process and not resume_option(args):
         claim_output_dir(args.output_dir, args.overwrite)
-        if options.classifier is None:
-            make_classifier(train, test, options.classifier_epochs, place)
+        place_classifier(options, train, test, place)
     process.wait_for_everyone()
     args.output_dir = str(output / "training")
     compute_metrics = Judge(LeNet.from_pretrained(place).eval(), train, test, options.metric_samples)

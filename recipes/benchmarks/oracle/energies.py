@@ -3,14 +3,15 @@
     L = D_f(P_G || P_D) + lambda * KL(P_D, P_true),    P_D = a e^d,    d = sum_t log(1 - w + w c(x_t | x_t-1) / a(x_t | x_<t))
 
 c are the training sequences' counts of word pairs, smoothed (absolute discounting, Ney et al. 1994): they have one number for
-each pair where a has 32 units, so they know and mistake other things than a, and the mixture is better than either. P_D is a
-probability (Z = 1) that can be sampled and whose every next word has a distribution. So the policy's gradient for f = kl,
+each pair where the LSTM has 32 units, so they know and mistake other things than a, and the mixture is better than either. P_D
+is a probability (Z = 1) that can be sampled and whose every next word has a distribution. So the policy's gradient for f = kl,
 E_{P_D}[-grad log pi], is taken over samples of P_D, and over the next word exactly rather than by the one drawn:
 
     KL(P_D || pi) = E_{x ~ P_D} sum_t KL(P_D(. | x_<t) || pi(. | x_<t))
 
-The generator is pulled to a P_D that it can't learn by heart, on as many fresh sequences as one likes, and keeps of the counts
-what its 32 units can say.
+w is chosen on the validation sequences. In the game it moves slowly: of the training sequences the counts know more than of
+others, so that their likelihood alone would trust the counts too much. The generator is pulled to a P_D that it can't learn by
+heart, on as many fresh sequences as one likes, and keeps of the counts what its 32 units can say.
 
 Left out: other f, for which the exact form holds for the words of one prefix alone. Shapes: B sequences, T words, N words of a
 batch, V vocabulary.
@@ -20,9 +21,9 @@ import copy
 
 import torch
 from language import LENGTH, START, nll
-from lstm import LSTMForCausalLM, LSTMOutput, State
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
 
 from hf_gdc import UnifiedTrainer
 from hf_gdc.adversarial.logit_networks import LogitNetwork
@@ -44,45 +45,65 @@ def pair_probabilities(words_BT: Tensor, vocab_size: int, discount: float) -> Te
     return (counts_VV - discount).clamp_min_(0).div_(total_V1.clamp_min(1)).add_(free_V1 * (words_V / words_V.sum()))
 
 
-class MixtureLM(LSTMForCausalLM):
-    """P_D: the LSTM's next word with probability 1 - w, that of the pairs' counts with probability w."""
+class MixtureLM(PreTrainedModel, GenerationMixin):
+    """P_D: a's next word with probability 1 - w, that of the pairs' counts with probability w; a may be any causal LM."""
 
-    def __init__(self, lstm: LSTMForCausalLM, pairs_VV: Tensor, weight: float):
-        super().__init__(lstm.config)
-        self.load_state_dict(lstm.state_dict())
+    base_model_prefix = "reference"
+    _supports_sdpa = True  # attention is the reference's matter
+
+    def __init__(self, reference: PreTrainedModel, pairs_VV: Tensor, weight: float):
+        super().__init__(reference.config)
+        self.reference = reference
         self.weight_logit = nn.Parameter(torch.logit(torch.tensor(weight)))
         self.register_buffer("pairs_VV", pairs_VV, persistent=False)
+        self.prepare_inputs_for_generation = reference.prepare_inputs_for_generation
+        self._update_model_kwargs_for_generation = reference._update_model_kwargs_for_generation
 
-    def forward(self, input_ids: Tensor, state: State | None = None, logits_to_keep: int = 0, **kwargs) -> LSTMOutput:
-        out = super().forward(input_ids, state=state, logits_to_keep=logits_to_keep)
-        weight = self.weight_logit.sigmoid()
-        mixed = torch.softmax(out.logits, -1) * (1 - weight) + self.pairs_VV[input_ids[:, -logits_to_keep:]] * weight
-        return LSTMOutput(logits=mixed.log(), state=out.state)
+    def forward(self, input_ids: Tensor, **kwargs) -> ModelOutput:
+        out = self.reference(input_ids, **kwargs)
+        pairs_BTV = self.pairs_VV[input_ids[:, -out.logits.shape[1] :]]
+        out.logits = torch.lerp(torch.softmax(out.logits, -1), pairs_BTV, self.weight_logit.sigmoid()).log()
+        return out
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.reference.get_output_embeddings()
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.reference._supports_default_dynamic_cache()
 
 
-def make_energy(lstm: LSTMForCausalLM, train_BT: Tensor, validation_BT: Tensor, discount: float = 0.9) -> MixtureLM:
+def make_energy(
+    reference: PreTrainedModel, train_BT: Tensor, validation_BT: Tensor, discount: float = 0.9
+) -> MixtureLM:
     """The mixture whose weight gives the validation sequences the least NLL."""
-    pairs_VV = pair_probabilities(train_BT, lstm.config.vocab_size, discount)
-    mixtures = [MixtureLM(lstm, pairs_VV, weight) for weight in WEIGHTS]
+    pairs_VV = pair_probabilities(train_BT, reference.config.vocab_size, discount)
+    mixtures = [MixtureLM(reference, pairs_VV, weight) for weight in WEIGHTS]
     return min(mixtures, key=lambda mixture: float(nll(mixture, validation_BT).mean()))
 
 
 class ResidualEnergy(LogitNetwork):
-    """d(x) = log P_D(x) - log a(x)."""
+    """d(x) = log P_D(x) - log a(x), of which the weight w is learned."""
 
     name = "residual energy"
 
-    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, batch_size: int = 512):
+    def __init__(self, mixture: MixtureLM, batch_size: int = 512):
         super().__init__(batch_size=batch_size)
-        self.model = model
-        self._scorers = Scorer(model), Scorer(reference)  # a is no submodule: it has no part in training or checkpoints
+        self.mixture = mixture
+        self._scorers = Scorer(mixture), Scorer(mixture.reference)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [self.mixture.weight_logit]
 
     def forward(self, rollouts: Rollouts) -> Tensor:
-        own, reference = self._scorers
-        with torch.no_grad():
-            log_a_B = reference.rollouts(rollouts).logp_B
-        return (own.rollouts(rollouts).logp_B - log_a_B)[:, None]
+        if rollouts.reference_logps_BT is None:
+            with torch.no_grad():
+                rollouts.reference_logps_BT = self._scorers[1].rollouts(rollouts).logps_BT
+        words_BT = rollouts.completion_ids_BT
+        before_BT = torch.cat([rollouts.prompt_ids_BP[:, -1:], words_BT[:, :-1]], 1)
+        gain_BT = self.mixture.pairs_VV[before_BT, words_BT] / rollouts.reference_logps_BT.exp()
+        return torch.log1p(self.mixture.weight_logit.sigmoid() * (gain_BT - 1)).sum(1, keepdim=True)
 
+    @torch.no_grad()
     def next_words(self, rollouts: Rollouts) -> Tensor:
         """(N, V) P_D of every word of the completions, given those before."""
         return self._scorers[0].token_logits(rollouts)(slice(None)).exp()
@@ -110,7 +131,7 @@ class SampledEnergyTrainer(UnifiedTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         assert self.divergence.name == "kl", self.divergence.name
-        self.actors.sampler = EnergySampler(self.processing_class, self.discriminator.network.model)
+        self.actors.sampler = EnergySampler(self.processing_class, self.discriminator.network.mixture)
 
     def sample_losses(self, model, rollouts: Rollouts) -> tuple[Tensor, PolicyOutput]:
         """(B,) cross-entropies, whose mean over samples of P_D has the gradient of KL(P_D || pi)."""

@@ -11,7 +11,7 @@ import torch
 from language import START, nll, sample
 from torch import Tensor
 
-ALPHAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
+ALPHAS = (1.0, 1.5, 1.9, 2.1, 2.4)
 
 
 def frontier(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from discriminators import PairDiscriminator
 from energies import ResidualEnergy, SampledEnergyTrainer, frozen, make_energy
 from language import LENGTH, START, VOCABULARY, as_dataset, make_tokenizer
 from lstm import LSTMConfig, LSTMForCausalLM
@@ -17,8 +18,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
-    GPT2Config,
-    GPT2ForTokenClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -29,11 +28,11 @@ from hf_gdc import Discriminator, GANConfig, GANTrainer, SmallGPTConfig, SmallGP
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "overwrite": True}
 
 
-def make_generator(kind: str, seed: int, vocab_size: int = VOCABULARY) -> PreTrainedModel:
-    """An untrained generator: "lstm" is SeqGAN's, "gpt" a small GPT with about as many parameters."""
+def make_generator(kind: str, seed: int, vocab_size: int = VOCABULARY, dropout: float = 0.0) -> PreTrainedModel:
+    """An untrained generator: "lstm" is SeqGAN's, "gpt" a small GPT with about as many parameters (without dropout)."""
     torch.manual_seed(seed)
     if kind == "lstm":
-        return LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size))
+        return LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size, dropout=dropout))
     config = SmallGPTConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -62,9 +61,9 @@ def train_mle(
     seed: int,
     learning_rate: float = 0.01,
     epochs: int = 40,
-    patience: int = 3,
+    patience: int | None = 3,
 ) -> PreTrainedModel:
-    """Maximum likelihood, stopped early on the validation sequences, whose best epoch is given back."""
+    """Maximum likelihood; with `patience`, until so many epochs were no better on the validation sequences: the best one."""
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -78,7 +77,7 @@ def train_mle(
         save_strategy="epoch",
         logging_strategy="epoch",
         save_total_limit=1,
-        load_best_model_at_end=True,
+        load_best_model_at_end=patience is not None,
         metric_for_best_model="eval_loss",
         prediction_loss_only=True,
         use_cpu=True,
@@ -90,40 +89,25 @@ def train_mle(
         args,
         train_dataset=as_rows(train_BT),
         eval_dataset=as_rows(validation_BT),
-        callbacks=[EarlyStoppingCallback(patience)],
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
     trainer.train()
     return trainer.model
-
-
-def dense_discriminator(seed: int, vocab_size: int = VOCABULARY) -> Discriminator:
-    """A causal transformer with a logit for every prefix: credit for each word without roll-outs."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=vocab_size + 1,  # the tokenizer's EOS has a row, never read
-        n_positions=LENGTH + 1,
-        n_embd=64,
-        n_layer=1,
-        n_head=2,
-        num_labels=1,
-        pad_token_id=vocab_size,
-        bos_token_id=START,
-        eos_token_id=vocab_size,
-    )
-    return Discriminator(GPT2ForTokenClassification(config), dense=True, batch_size=512)
 
 
 def train_gan(
     model: PreTrainedModel, train_BT: Tensor, folder: Path, seed: int, steps: int, **options
 ) -> PreTrainedModel:
     """Adversarial training from a generator that maximum likelihood made."""
+    torch.manual_seed(seed)
+    discriminator = PairDiscriminator(model.config.vocab_size)
     defaults = {
-        "divergence": "seqgan",
-        "per_device_train_batch_size": 256,
-        "learning_rate": 1e-3,
+        "divergence": "reverse_kl",
+        "per_device_train_batch_size": 128,
+        "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
-        "discriminator_learning_rate": 1e-3,
-        "discriminator_steps": 1,
+        "discriminator_learning_rate": 5e-3,
+        "discriminator_steps": 3,
         "discriminator_warmup_steps": 20,
         "max_grad_norm": 5.0,
     }
@@ -140,7 +124,7 @@ def train_gan(
     )
     trainer = GANTrainer(
         model,
-        dense_discriminator(seed, model.config.vocab_size),
+        Discriminator(discriminator),
         args=args,
         train_dataset=as_dataset(train_BT),
         processing_class=make_tokenizer(model.config.vocab_size),
@@ -154,8 +138,8 @@ def train_unified(
 ) -> PreTrainedModel:
     """The generator and an energy beside its start, each moved towards the other, the energy also towards the data."""
     defaults = {
-        "per_device_train_batch_size": 128,
-        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 64,
+        "learning_rate": 6e-3,
         "lr_scheduler_type": "linear",
         "discriminator_learning_rate": 1e-5,
         "data_weight": 1.0,
@@ -173,11 +157,10 @@ def train_unified(
         **QUIET,
         **defaults | options,
     )
-    reference = frozen(model)
-    energy = make_energy(reference, train_BT, validation_BT)
+    energy = make_energy(frozen(model), train_BT, validation_BT)
     trainer = SampledEnergyTrainer(
         model,
-        Discriminator(ResidualEnergy(energy, reference)),
+        Discriminator(ResidualEnergy(energy)),
         args=args,
         train_dataset=as_dataset(train_BT),
         processing_class=make_tokenizer(model.config.vocab_size),
@@ -207,19 +190,31 @@ def _mle(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 
 
 def _mle_long(benchmark, seed: int, folder: Path) -> PreTrainedModel:
-    """As SeqGAN pretrains its generator: until NLL_oracle is least, long after NLL_gen is."""
+    """As SeqGAN's generator is pretrained: until NLL_oracle hardly falls any more, long after NLL_gen has begun to rise."""
     start = make_generator(benchmark.generator, seed)
-    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=40, patience=40)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=16, patience=None)
+
+
+def _mle_dropout(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    """The usual regulariser: dropout of 0.2 on embeddings and hidden states, stopped early."""
+    start = make_generator(benchmark.generator, seed, dropout=0.2)
+    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed)
 
 
 def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
-    start = load_generator(benchmark.folder(seed, "mle") / "model")
+    start = load_generator(benchmark.folder(seed, "mle_long") / "model")
     return train_gan(start, benchmark.train, folder / "run", seed, steps=120)
 
 
 def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle") / "model")
-    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=100)
+    return train_unified(start, benchmark.train, benchmark.validation, folder / "run", seed, steps=80)
 
 
-METHODS = {"mle": Method(_mle), "gan": Method(_gan, start="mle"), "unified": Method(_unified, start="mle")}
+METHODS = {
+    "mle": Method(_mle),
+    "mle_long": Method(_mle_long),
+    "mle_dropout": Method(_mle_dropout),
+    "gan": Method(_gan, start="mle_long"),
+    "unified": Method(_unified, start="mle"),
+}

@@ -52,10 +52,7 @@ def plot(parts: dict[str, dict[int, dict]], entropy: float, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
     for number, (method, by_seed) in enumerate(parts.items()):
-        curves = [
-            [(row["nll_gen"], row["nll_oracle"]) for row in part["frontier"] if row["alpha"] <= 2.5]
-            for part in by_seed.values()
-        ]
+        curves = [[(row["nll_gen"], row["nll_oracle"]) for row in part["frontier"]] for part in by_seed.values()]
         for curve in curves:
             axes.plot(*zip(*curve, strict=True), color=f"C{number}", linewidth=0.6, alpha=0.5)
         mean = [tuple(map(statistics.fmean, zip(*points, strict=True))) for points in zip(*curves, strict=True)]

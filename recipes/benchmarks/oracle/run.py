@@ -27,7 +27,7 @@ from language import load_oracle, nll, sample, seeded_oracle
 from methods import METHODS
 from safetensors.torch import load_file, save_file
 
-TRAIN, VALIDATION, HELD_OUT = 9500, 500, 5000
+TRAIN, VALIDATION, HELD_OUT = 9500, 500, 3000
 
 
 @dataclass
@@ -90,7 +90,8 @@ def prepare(options: argparse.Namespace) -> Benchmark:
     cache = output / "sequences.safetensors"
     if not cache.is_file():
         parts = {"train": sample(oracle, TRAIN + VALIDATION, seed=0), "held_out": sample(oracle, HELD_OUT, seed=1)}
-        save_file(parts, cache)
+        save_file(parts, fresh := cache.with_suffix(f".{os.getpid()}"))
+        fresh.replace(cache)  # whole or not there, whoever else draws it
     words = load_file(cache)
     train, validation = words["train"].split([TRAIN, VALIDATION])
     return Benchmark(oracle, train, validation, words["held_out"], options.generator, options.samples, output)
