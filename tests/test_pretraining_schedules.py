@@ -17,7 +17,9 @@ def rates(tmp_path, **kwargs):
     """The learning rate of each step, of every group, over the peak."""
     args = config(tmp_path / "out", max_steps=STEPS, **kwargs)
     trainer = build_trainer(options(), args)
+    before = args.lr_scheduler_kwargs
     trainer.create_optimizer_and_scheduler(STEPS)
+    assert args.lr_scheduler_kwargs == before  # another schedule may follow, in a search
     found = []
     for _ in range(STEPS):
         assert len(set(trainer.lr_scheduler.get_last_lr())) == 1

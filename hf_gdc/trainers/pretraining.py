@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    get_scheduler,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -89,14 +90,21 @@ class PretrainingTrainer(Searchable, SafeCheckpoints, Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         args = self.args
-        if args.lr_drops is not None and self.lr_scheduler is None:
+        own = args.lr_drops is not None or args.lr_scheduler_type == "warmup_stable_decay"
+        if own and self.lr_scheduler is None:
             warmup = args.get_warmup_steps(num_training_steps) if args.lr_scheduler_type != "constant" else 0
+            times = {"num_warmup_steps": warmup, "num_training_steps": num_training_steps}
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = constant_with_drops(optimizer, warmup, num_training_steps, args.lr_drops)
+            if args.lr_drops is not None:
+                self.lr_scheduler = constant_with_drops(optimizer, drops=args.lr_drops, **times)
+            else:
+                more = {"num_decay_steps": steps_of(args.decay_steps, num_training_steps)} | (
+                    args.lr_scheduler_kwargs or {}
+                )
+                self.lr_scheduler = get_scheduler(
+                    args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=more, **times
+                )
             self._created_lr_scheduler = True
-        if args.lr_scheduler_type == "warmup_stable_decay":
-            decay = {"num_decay_steps": steps_of(args.decay_steps, num_training_steps)}
-            args.lr_scheduler_kwargs = decay | (args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
 
     def search_metric(self) -> str:
