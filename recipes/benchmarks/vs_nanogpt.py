@@ -7,10 +7,10 @@ as its README's command for a CPU does: 4 layers, 4 heads, 128 wide, block 64, b
 warm-up, cosine decay to a tenth. hf_gdc trains through its own `PretrainingTrainer`, everything included. Both sides see the
 same characters and are judged on the same full validation split: the last tenth, in blocks of 64, each predicted once.
 
-Three questions: tokens per second with AdamW on both sides, in turn; seconds until our recipe is as good as nanoGPT at its end;
-and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon and AdamW, smaller batches,
-linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and compare CPU seconds. The last
-line is JSON.
+Three questions: tokens per second with AdamW and nanoGPT's architecture on both sides, in turn; seconds until our recipe is as
+good as nanoGPT at its end; and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon and
+AdamW, smaller batches, linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and
+compare CPU seconds. The last line is JSON.
 """
 
 import argparse
@@ -126,6 +126,18 @@ def small_gpt(vocab: int) -> SmallGPTForCausalLM:
     )
 
 
+def same_architecture(vocab: int) -> SmallGPTForCausalLM:
+    """nanoGPT's own architecture, for the comparison of speeds: LayerNorm, GELU, learned positions."""
+    shape = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 4 * WIDTH,
+    }
+    kinds = {"norm_type": "layer", "hidden_act": "gelu", "position_embedding_type": "learned"}
+    return SmallGPTForCausalLM(SmallGPTConfig(vocab_size=vocab, max_position_embeddings=BLOCK, **shape, **kinds))
+
+
 def collate(rows: list[dict]) -> dict[str, Tensor]:
     """BLOCK characters in, the BLOCK after them out, as nanoGPT has it: no position is computed that predicts nothing."""
     ids = torch.stack([row["input_ids"] for row in rows])
@@ -150,13 +162,13 @@ def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **
 
 
 def speeds(options: argparse.Namespace, train: Tensor, vocab: int) -> dict[str, float]:
-    """Tokens per second with AdamW on both sides: medians of alternated runs, and of their ratios."""
+    """Tokens per second with AdamW and one architecture on both sides: medians of alternated runs, and of their ratios."""
     tokens, ours, theirs = options.speed_steps * BATCH * BLOCK, [], []
     adamw = {"muon": False, "learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.99}
     for run in range(options.runs + 1):  # the first one warms up
         pair = (
             train_nanogpt(*nanogpt(options.nanogpt, vocab), train, options.speed_steps),
-            train_hf_gdc(small_gpt(vocab), train, options.speed_steps, options, **adamw),
+            train_hf_gdc(same_architecture(vocab), train, options.speed_steps, options, **adamw),
         )
         if run:
             theirs.append(pair[0])
