@@ -7,10 +7,10 @@ as its README's command for a CPU does: 4 layers, 4 heads, 128 wide, block 64, b
 warm-up, cosine decay to a tenth. hf_gdc trains through its own `PretrainingTrainer`, everything included. Both sides see the
 same characters and are judged on the same full validation split: the last tenth, in blocks of 64, each predicted once.
 
-Three questions: tokens per second with AdamW on both sides, in turn; seconds until our recipe is as good as nanoGPT at its end;
-and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon and AdamW, smaller batches,
-linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and compare CPU seconds. The last
-line is JSON.
+Three questions: tokens per second with AdamW and nanoGPT's architecture on both sides, in turn; seconds until our recipe is as
+good as nanoGPT at its end; and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon and
+AdamW, smaller batches, linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and
+compare CPU seconds. The last line is JSON.
 """
 
 import argparse
@@ -84,9 +84,20 @@ def nanogpt(path: str, vocab: int):
     return model, optimizer
 
 
-def train_nanogpt(model, optimizer, ids: Tensor, steps: int) -> float:
-    """-> seconds."""
-    start = time.perf_counter()
+class Clock(TrainerCallback):
+    """Seconds from the first step to the end of the last, and CPU seconds of the process."""
+
+    def on_train_begin(self, *_, **__):
+        self.start = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *_, **__):
+        self.times = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+
+
+def train_nanogpt(model, optimizer, ids: Tensor, steps: int) -> tuple[float, float]:
+    """-> (seconds, CPU seconds)."""
+    clock = Clock()
+    clock.on_train_begin()
     for step in range(steps):
         share = (step - WARMUP) / (STEPS - WARMUP)
         rate = (step + 1) / (WARMUP + 1) if step < WARMUP else 0.55 + 0.45 * math.cos(math.pi * share)
@@ -100,20 +111,11 @@ def train_nanogpt(model, optimizer, ids: Tensor, steps: int) -> float:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    clock.on_step_end()
+    return clock.times
 
 
 # ---- hf_gdc ----
-
-
-class Clock(TrainerCallback):
-    """Seconds from the first step to the end of the last."""
-
-    def on_train_begin(self, *_, **__):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        self.seconds = time.perf_counter() - self.start
 
 
 def small_gpt(vocab: int) -> SmallGPTForCausalLM:
@@ -124,6 +126,18 @@ def small_gpt(vocab: int) -> SmallGPTForCausalLM:
     )
 
 
+def same_architecture(vocab: int) -> SmallGPTForCausalLM:
+    """nanoGPT's own architecture, for the comparison of speeds: LayerNorm, GELU, learned positions."""
+    shape = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 4 * WIDTH,
+    }
+    kinds = {"norm_type": "layer", "hidden_act": "gelu", "position_embedding_type": "learned"}
+    return SmallGPTForCausalLM(SmallGPTConfig(vocab_size=vocab, max_position_embeddings=BLOCK, **shape, **kinds))
+
+
 def collate(rows: list[dict]) -> dict[str, Tensor]:
     """BLOCK characters in, the BLOCK after them out, as nanoGPT has it: no position is computed that predicts nothing."""
     ids = torch.stack([row["input_ids"] for row in rows])
@@ -131,8 +145,8 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
     return {"input_ids": known, "labels": known, "shift_labels": ids[:, 1:].contiguous()}
 
 
-def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **more) -> float:
-    """-> seconds."""
+def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **more) -> tuple[float, float]:
+    """-> (seconds, CPU seconds)."""
     clock = Clock()
     args = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10**9}
     args |= {"output_dir": f"{options.output}/vs_nanogpt", "overwrite": True, "max_steps": steps, "seed": options.seed}
@@ -141,28 +155,30 @@ def train_hf_gdc(model, ids: Tensor, steps: int, options: argparse.Namespace, **
         model=model, args=config, train_dataset=Blocks(ids), data_collator=collate, callbacks=[clock], whole_texts=False
     )
     trainer.train()
-    return clock.seconds
+    return clock.times
 
 
 # ---- the comparison ----
 
 
 def speeds(options: argparse.Namespace, train: Tensor, vocab: int) -> dict[str, float]:
-    """Tokens per second with AdamW on both sides: medians of alternated runs."""
-    theirs, ours, tokens = [], [], options.speed_steps * BATCH * BLOCK
+    """Tokens per second with AdamW and one architecture on both sides: medians of alternated runs, and of their ratios."""
+    tokens, ours, theirs = options.speed_steps * BATCH * BLOCK, [], []
     adamw = {"muon": False, "learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.99}
     for run in range(options.runs + 1):  # the first one warms up
         pair = (
-            tokens / train_nanogpt(*nanogpt(options.nanogpt, vocab), train, options.speed_steps),
-            tokens / train_hf_gdc(small_gpt(vocab), train, options.speed_steps, options, **adamw),
+            train_nanogpt(*nanogpt(options.nanogpt, vocab), train, options.speed_steps),
+            train_hf_gdc(same_architecture(vocab), train, options.speed_steps, options, **adamw),
         )
         if run:
             theirs.append(pair[0])
             ours.append(pair[1])
+    ratios = [[t / o for t, o in zip(*times, strict=True)] for times in zip(theirs, ours, strict=True)]
     return {
-        "nanogpt_tokens_per_second": statistics.median(theirs),
-        "hf_gdc_tokens_per_second": statistics.median(ours),
-        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "nanogpt_tokens_per_second": tokens / statistics.median(seconds for seconds, _ in theirs),
+        "hf_gdc_tokens_per_second": tokens / statistics.median(seconds for seconds, _ in ours),
+        "speed_ratio": statistics.median(ratio for ratio, _ in ratios),
+        "speed_ratio_by_cpu_seconds": statistics.median(ratio for _, ratio in ratios),
     }
 
 
@@ -170,9 +186,8 @@ def their_run(options: argparse.Namespace, train: Tensor, validation: Tensor, vo
     """nanoGPT as its README trains it on a CPU."""
     torch.manual_seed(options.seed)
     model, optimizer = nanogpt(options.nanogpt, vocab)
-    cpu = time.process_time()
-    seconds = train_nanogpt(model, optimizer, train, options.steps)
-    found = {"parameters": model.get_num_params(), "seconds": seconds, "cpu_seconds": time.process_time() - cpu}
+    seconds, cpu = train_nanogpt(model, optimizer, train, options.steps)
+    found = {"parameters": model.get_num_params(), "seconds": seconds, "cpu_seconds": cpu}
     model.eval()
     loss = validation_loss(lambda x: model(x, x)[0], validation)  # with targets it gives all logits
     return {f"nanogpt_{name}": value for name, value in (found | {"loss": loss}).items()}
@@ -183,9 +198,9 @@ def our_run(name: str, tokens: int, options: argparse.Namespace, train: Tensor, 
     recipe = {"learning_rate": options.learning_rate, "lr_scheduler_type": "linear", "warmup_steps": 0.05}
     recipe["per_device_train_batch_size"] = options.batch_size
     torch.manual_seed(options.seed)
-    ours, cpu = small_gpt(vocab), time.process_time()
-    seconds = train_hf_gdc(ours, train, tokens // (options.batch_size * BLOCK), options, **recipe)
-    found = {"tokens": tokens, "seconds": seconds, "cpu_seconds": time.process_time() - cpu}
+    ours = small_gpt(vocab)
+    seconds, cpu = train_hf_gdc(ours, train, tokens // (options.batch_size * BLOCK), options, **recipe)
+    found = {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu}
     ours.eval()
     found["loss"] = validation_loss(lambda x: ours(x, use_cache=False).logits, validation)
     return {"hf_gdc_parameters": ours.num_parameters()} | {
