@@ -139,7 +139,7 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
 
 
 def test_the_pair_discriminator_sums_over_a_prefix():
-    network, words = discriminators.PairDiscriminator(WORDS, hidden_size=3), [4, 7, *[4] * 18]
+    network, words = discriminators.PairDiscriminator(WORDS, hidden_size=3).eval(), [4, 7, *[4] * 18]
     sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
     rollouts = RealTexts(sampler)([{"prompt": "2", "completion": " ".join(map(str, words))}], torch.device("cpu"))
     before, after, own = (embedding.weight for embedding in (network.before, network.after, network.own))

@@ -106,8 +106,8 @@ def train_gan(
         "per_device_train_batch_size": 128,
         "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
-        "discriminator_learning_rate": 5e-3,
-        "discriminator_steps": 3,
+        "discriminator_learning_rate": 0.01,
+        "discriminator_steps": 4,
         "discriminator_warmup_steps": 20,
         "max_grad_norm": 5.0,
     }
