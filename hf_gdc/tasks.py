@@ -31,7 +31,7 @@ TASKS = {
     "summarisation": Task("{text}\nSummary:", " {summary}", ("rouge",)),
     "question_answering": Task("{context}\nQuestion: {question}\nAnswer:", " {answer}", ("answers",)),
     "translation": Task("{source}\nTranslation:", " {target}", ("bleu",)),
-    "dialogue": Task("{dialogue}\nassistant:", " {reply}", ("bleu", "answers")),
+    "dialogue": Task("{dialogue}\nassistant:", " {reply}", ("rouge", "answers")),
 }
 
 

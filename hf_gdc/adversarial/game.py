@@ -22,7 +22,7 @@ ACTIONS = ("warn", "pause", "stop")
 
 def area_under_curve(real_R: Tensor, fake_F: Tensor) -> float:
     """The probability that a real text's number is above a sample's (ties half): 1/2 says nothing, 0 and 1 everything."""
-    fake_F = fake_F.sort().values
+    real_R, fake_F = real_R.contiguous(), fake_F.sort().values  # searchsorted warns of a slice, such as last prefixes
     below = torch.searchsorted(fake_F, real_R, right=False) + torch.searchsorted(fake_F, real_R, right=True)
     return float(below.double().mean()) / (2 * len(fake_F))
 

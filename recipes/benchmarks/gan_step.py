@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2ForTokenClassification
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, data, stories
 
-ROLLOUTS, ROLLOUT_SAMPLES = 16, 32  # of a prefix, and sequences of the step that makes them
+ROLLOUTS, ROLLOUT_SAMPLES = 16, 16  # of a prefix, and sequences of the step that makes them
 
 
 def make_discriminator(vocab_size: int) -> GPT2ForTokenClassification:

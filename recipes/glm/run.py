@@ -62,15 +62,23 @@ LENGTH = 48  # tokens of a story at most, with BOS and EOS; the longest has 45
 class RecipeArguments:
     """The stages before the game, and the table; the game's options are UnifiedConfig's, which the GAN shares."""
 
-    num_stories: int = field(default=8000, metadata={"help": "Stories to pretrain on, each read once."})
-    num_texts: int = field(default=2000, metadata={"help": "Prompts with completions for all stages after that."})
+    num_stories: int = field(default=400, metadata={"help": "Stories to pretrain on."})
+    pretrain_epochs: float = field(default=10.0, metadata={"help": "Passes of the generator over the stories."})
+    num_texts: int = field(default=1000, metadata={"help": "Prompts with completions for all stages after that."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the small GPTs."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Their depth."})
     pretrain_learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate of the pretraining."})
-    masked_epochs: float = field(default=2.0, metadata={"help": "Passes of the masked model over the stories."})
+    masked_epochs: float = field(default=20.0, metadata={"help": "Passes of the masked model over the stories."})
     sft_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the fine-tuning."})
-    sft_epochs: float = field(default=3.0, metadata={"help": "Passes over the texts."})
+    sft_epochs: float = field(default=4.0, metadata={"help": "Passes over the texts."})
+    longer_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the longer fine-tuning."}
+    )
     logit_clip: float | None = field(default=10.0, metadata={"help": "Bound the discriminators' logits by +- this."})
+    whole_texts: bool = field(
+        default=False,
+        metadata={"help": "Both games are about whole texts, without prompts: one Z, as many real texts as samples."},
+    )
     fusion_from: str = field(
         default="gan", metadata={"help": "The joint stage starts from the model of gan or of sft."}
     )
@@ -100,13 +108,14 @@ class Stages(Chain):
 
     def run(self) -> None:
         own = self.options
-        shape = pick(own, "num_stories pretrain_learning_rate hidden_size num_hidden_layers")
+        shape = pick(own, "num_stories pretrain_epochs pretrain_learning_rate hidden_size num_hidden_layers")
         self.stage("pretrain", self.pretrain, **shape)
         self.stage("masked", self.pretrain_masked, ("pretrain",), **pick(own, "masked_epochs"))
         tuned = pick(own, "num_texts sft_learning_rate sft_epochs")
         self.stage("sft", self.fine_tune, ("pretrain",), **tuned)
-        self.stage("longer", self.fine_tune_longer, ("sft",), **pick(self.args, "max_steps learning_rate"))
-        clip = pick(own, "logit_clip")
+        longer = pick(own, "longer_learning_rate whole_texts") | pick(self.args, "max_steps num_generations")
+        self.stage("longer", self.fine_tune_longer, ("sft",), **longer | pick(self.args, "per_device_train_batch_size"))
+        clip = pick(own, "logit_clip whole_texts")
         self.stage("gan", self.play, ("masked", "sft"), **deciding(self.gan_args()), **clip)
         fusion = pick(own, "fusion_learning_rate") | clip
         self.stage("fusion", self.fuse, ("masked", own.fusion_from), **deciding(self.args), **fusion)
@@ -119,12 +128,18 @@ class Stages(Chain):
         rows = load_prompts("stories", num_stories=self.options.num_texts, seed=self.seed + 1)
         return rows.select_columns(["prompt", "completion"])
 
+    def game_texts(self) -> Dataset:
+        rows = self.texts()
+        if not self.options.whole_texts:
+            return rows
+        return rows.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=rows.column_names)
+
     def pretrain(self) -> None:
         data = PretrainArguments(
             num_stories=self.options.num_stories, tokenizer="word", max_length=LENGTH, model_kwargs=self.size
         )
-        rate = self.options.pretrain_learning_rate
-        pretrain(data, PretrainConfig(f"{self.output}/pretrain", learning_rate=rate, overwrite=True, **self.quiet))
+        how = {"learning_rate": self.options.pretrain_learning_rate, "num_train_epochs": self.options.pretrain_epochs}
+        pretrain(data, PretrainConfig(f"{self.output}/pretrain", overwrite=True, **how, **self.quiet))
 
     def pretrain_masked(self) -> None:
         """Masked tokens of the same stories (Devlin et al. 2019); the token for unknown words is the mask."""
@@ -156,9 +171,10 @@ class Stages(Chain):
         self.imitate("pretrain", "sft", self.options.sft_learning_rate, num_train_epochs=self.options.sft_epochs)
 
     def fine_tune_longer(self) -> None:
-        """As many texts again as gan and fusion read, at their learning rate."""
-        steps = 2 * self.args.max_steps
-        self.imitate("sft", "longer", self.args.learning_rate, max_steps=steps)
+        """As many steps again as gan and fusion take, on as many texts."""
+        batch = self.args.per_device_train_batch_size // (1 if self.options.whole_texts else self.args.num_generations)
+        length = {"max_steps": 2 * self.args.max_steps, "per_device_train_batch_size": batch}
+        self.imitate("sft", "longer", self.options.longer_learning_rate, **length)
 
     def imitate(self, start: str, name: str, learning_rate: float, **length) -> None:
         """Maximum likelihood of the completions, given their prompts."""
@@ -185,14 +201,14 @@ class Stages(Chain):
         return GANConfig(**shared | {"output_dir": f"{self.output}/gan/run", "overwrite": True})
 
     def play(self) -> None:
-        start, rows = self.folder("sft"), self.texts()
+        start, rows = self.folder("sft"), self.game_texts()
         self.train("gan", GANTrainer(start, self.discriminator(), args=self.gan_args(), train_dataset=rows))
 
     def fuse(self) -> None:
         rate = self.options.fusion_learning_rate or self.args.learning_rate
         args = replace(self.args, output_dir=f"{self.output}/fusion/run", overwrite=True, learning_rate=rate)
         start = self.folder(self.options.fusion_from)
-        self.train("fusion", UnifiedTrainer(start, self.discriminator(), args=args, train_dataset=self.texts()))
+        self.train("fusion", UnifiedTrainer(start, self.discriminator(), args=args, train_dataset=self.game_texts()))
 
     def discriminator(self) -> Discriminator:
         return Discriminator(

@@ -2,29 +2,32 @@
 
     python recipes/benchmarks/little_data/run.py
 
-A small GPT on 2,000 of the stories, of which it learns 1,700 and keeps 300 to stop early on. From there every method goes on
-with the same 1,700 texts, and stops early on the same 300: maximum likelihood, a GAN, the unified objective. A temperature is
-fitted on the 300 too. The stories' grammar gives log p of every text, so that on samples of the grammar and of the model
+A small GPT on 2,000 of the stories, of which it learns 1,700 and keeps 300 to stop early on: the start, a. Every method goes on
+with the same texts. A discriminator learns real texts against samples of the start (`GANTrainer`), an energy likewise
+(`UnifiedTrainer`), both with the policy standing still, both at their best on the held-out texts: a e^l / Z is the target.
+The policy then goes there in one exact step: KL(target || pi) is minimised by maximum likelihood on the target's samples, by
+quasi-rejection from the start's, beside the real texts. The grammar gives log p of every text, so that on samples
 
     KL(p || pi) = E_p[log p - log pi]
     JS = log 2 - (E_p[softplus(log pi - log p)] + E_pi[softplus(log p - log pi)]) / 2
 
 are exact but for the noise of sampling: p = 0 outside the grammar, and for other tokens than the tokenizer's own of a text.
 
-Every finished run is a line of OUTPUT/runs.jsonl, so an interrupted benchmark goes on where it stopped. Ends with
+Every finished row is a line of OUTPUT/rows.jsonl, so an interrupted benchmark goes on where it stopped. Ends with
 OUTPUT/table.md and a line of JSON.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,50 +38,45 @@ from hf_gdc.adversarial.logit_networks import LogitNetwork
 from hf_gdc.adversarial.real_text import RealTexts
 from hf_gdc.checkpoints import run_once
 from hf_gdc.data import load_text
+from hf_gdc.encoding import RightPadCollator, tokenize_rows
 from hf_gdc.sampling import TransformersSampler
 from hf_gdc.scoring import Scorer
-from hf_gdc.trainers.pretraining import PretrainArguments, PretrainConfig, build_trainer
+from hf_gdc.trainers.adversarial import DISCRIMINATOR_FILE
+from hf_gdc.trainers.pretraining import PretrainArguments, PretrainConfig, PretrainingTrainer, build_trainer
 
 TEXTS, HELD_OUT_PERCENT, LENGTH, BATCH = 2000, 15, 52, 500
 JUDGED = 10_000  # samples of the grammar, and of each model
 TEMPERATURES = [0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1]
-STOPPING = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "nll"}
-STOPPING |= {"greater_is_better": False, "save_strategy": "steps", "save_total_limit": 1, "save_steps": 10}
-GAME = STOPPING | {"max_steps": 60, "eval_steps": 10, "eval_samples": 300, "reference_samples": 512}
-GAME |= {"per_device_train_batch_size": 256, "per_device_eval_batch_size": BATCH, "max_completion_length": LENGTH}
-GAME |= {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "logging_steps": 10, "overwrite": True}
-# AdamW's default epsilon moves the parameters of rare tokens as fast as all others, though their gradients are noise.
-PLAYERS = {"divergence": "js", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-PLAYERS |= {"discriminator_warmup_steps": 20, "discriminator_steps": 8}
-PLAYERS |= {"discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 0.03}
-METHODS = {
-    "more maximum likelihood": {"mle_steps": 60, "learning_rate": 5e-4},
-    "GAN": PLAYERS,
-    "unified": PLAYERS | {"data_term": "nce", "data_weight": 4.0},
-}
-ROWS = ["start", "temperature", *METHODS]
+POOL = 20_000  # samples of the start that the energy weighs
+SHARED = {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "overwrite": True, "save_total_limit": 1}
+SHARED |= {"load_best_model_at_end": True}
+# The policy stands still all the time: what is trained is the discriminator, at its best on the held-out texts.
+PLAYERS = {"max_steps": 24, "discriminator_warmup_steps": 24, "discriminator_steps": 10, "eval_samples": 600}
+PLAYERS |= {"discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 0.03, "reference_samples": 512}
+PLAYERS |= {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "logging_steps": 4, "greater_is_better": True}
+PLAYERS |= {"metric_for_best_model": "discriminator/auc", "max_completion_length": LENGTH}
+PLAYERS |= {"per_device_train_batch_size": 256, "per_device_eval_batch_size": BATCH}
+TRAINERS = {"GAN": (GANTrainer, GANConfig), "unified": (UnifiedTrainer, UnifiedConfig)}
+METHODS = {"GAN": {}, "unified": {"data_term": "nce", "data_weight": 10.0}}
+ROWS = ["start", "start, its best temperature", "more maximum likelihood"]
+ROWS += [f"{method}: {what}" for method in METHODS for what in ("the target", "the policy")]
 MEASURES = {"kl": "KL(p, pi)", "js": "JS", "entropy": "entropy", "grammatical": "grammatical", "copied": "copied"}
 
 
 # ---- the judge ----
 
 
-@dataclass
 class Judge:
     """Exact log-probabilities of texts, and distances between the grammar and a model.
 
     Args:
-        tokenizer: of the models. known: the texts that they have seen. samples: of the grammar, and of each model.
+        tokenizer: of the models. known: the texts that they have seen.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    known: list[str]
-    samples: int = JUDGED
-
-    def __post_init__(self):
-        self.sampler = TransformersSampler(self.tokenizer, LENGTH)
-        texts = stories.sample(self.samples, 10**6)  # a seed of its own
-        self.pool = self.rollouts(texts)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, known: list[str]):
+        self.sampler, self.known = TransformersSampler(tokenizer, LENGTH), set(known)
+        texts = stories.sample(JUDGED, 10**6)  # a seed of its own
+        self.stories = self.rollouts(texts)
         self.log_p = torch.tensor([stories.log_prob(text) for text in texts], dtype=torch.float64)
 
     def rollouts(self, texts: list[str]) -> Rollouts:
@@ -87,10 +85,10 @@ class Judge:
     def log_pi(self, model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
         return score_in_parts(Scorer(model.eval()), rollouts, BATCH, torch.device("cpu"))
 
-    def sample(self, model: PreTrainedModel, seed: int) -> Rollouts:
+    def sample(self, model: PreTrainedModel, seed: int, count: int = JUDGED) -> Rollouts:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return Rollouts.concatenate([self.sampler(model, [""] * BATCH) for _ in range(self.samples // BATCH)])
+            return Rollouts.concatenate([self.sampler(model.eval(), [""] * BATCH) for _ in range(count // BATCH)])
 
     def grammar(self, samples: Rollouts) -> Tensor:
         """(B,) log p of tokens: -inf where the text is not a story, was cut, or has other tokens than the tokenizer's."""
@@ -98,29 +96,35 @@ class Judge:
         pairs = zip(samples.texts, own, samples.completion_ids(), strict=True)
         return torch.tensor([stories.log_prob(text) if a == b else -math.inf for text, a, b in pairs]).double()
 
-    def __call__(self, model: PreTrainedModel, seed: int = 1) -> dict[str, float]:
-        """Distances in nats with standard errors, the entropy of a text in nats, shares of samples."""
-        log_pi, samples = self.log_pi(model, self.pool), self.sample(model, seed)
-        log_p_own, log_pi_own = self.grammar(samples), samples.policy_logp_B
-        inside = log_p_own > -math.inf
-        kl, own = self.log_p - log_pi, -log_pi_own
-        ours, theirs = softplus(log_pi - self.log_p), softplus(log_p_own - log_pi_own)
-        found = {"kl": mean(kl), "entropy": mean(own), "grammatical": mean(inside.double())}
-        found["js"] = (math.log(2) - float(ours.mean() + theirs.mean()) / 2, math.hypot(error(ours), error(theirs)) / 2)
-        known = set(self.known)
-        found["copied"] = mean(torch.tensor([float(text in known) for text in samples.texts]))
-        found = {name: value for name, (value, _) in found.items()} | {
-            f"{name}_stderr": spread for name, (_, spread) in found.items()
+    def model(self, model: PreTrainedModel) -> dict[str, float]:
+        samples = self.sample(model, 1)
+        return self.distances(self.log_pi(model, self.stories), samples, samples.policy_logp_B)
+
+    def distances(
+        self, log_pi: Tensor, samples: Rollouts, log_pi_own: Tensor, weights: Tensor | None = None
+    ) -> dict[str, float]:
+        """Distances in nats with standard errors, the entropy of a text in nats, shares of samples.
+
+        Args:
+            log_pi: of the grammar's stories. samples, log_pi_own, weights: of the model; weights turn them into its samples.
+        """
+        log_p_own = self.grammar(samples)
+        ours, theirs = mean(softplus(log_pi - self.log_p)), mean(softplus(log_p_own - log_pi_own), weights)
+        copied = torch.tensor([text in self.known for text in samples.texts]).double()
+        found = {"kl": mean(self.log_p - log_pi), "entropy": mean(-log_pi_own, weights)}
+        found |= {"grammatical": mean((log_p_own > -math.inf).double(), weights), "copied": mean(copied, weights)}
+        found["js"] = (math.log(2) - (ours[0] + theirs[0]) / 2, math.hypot(ours[1], theirs[1]) / 2)
+        return {name: value for name, (value, _) in found.items()} | {
+            f"{name}_stderr": error for name, (_, error) in found.items()
         }
-        return found | {"samples": samples.texts[:5]}
 
 
-def error(numbers: Tensor) -> float:
-    return float(numbers.std()) / math.sqrt(len(numbers))
-
-
-def mean(numbers: Tensor) -> tuple[float, float]:
-    return float(numbers.mean()), error(numbers)
+def mean(numbers: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """The (weighted) mean and its standard error."""
+    shares = torch.ones_like(numbers) if weights is None else weights
+    shares = shares / shares.sum()
+    average = (shares * numbers).sum()
+    return float(average), float((shares * (numbers - average)).square().sum().sqrt())
 
 
 # ---- the methods ----
@@ -132,7 +136,7 @@ class BagOfWords(LogitNetwork):
     name = "bag of words"
 
     def __init__(self, vocabulary: int, hidden: int = 64, dropout: float = 0.4):
-        super().__init__(logit_clip=10.0, batch_size=JUDGED)
+        super().__init__(logit_clip=10.0, batch_size=BATCH)
         self.vocabulary = vocabulary
         self.layers = nn.Sequential(nn.Linear(vocabulary, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
 
@@ -157,42 +161,61 @@ def pretrain(folder: Path, seed: int) -> None:
     options = PretrainArguments(
         num_stories=TEXTS, validation_percent=HELD_OUT_PERCENT, vocab_size=768, max_length=64, model_kwargs=size
     )
-    args = PretrainConfig(
-        output_dir=str(folder),
-        num_train_epochs=12,
-        learning_rate=8e-3,
-        weight_decay=0.1,
-        disable_dropout=False,
-        lr_scheduler_type="linear",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="nll_per_text",
-        greater_is_better=False,
-        seed=seed,
-        use_cpu=True,
-        report_to="none",
-        overwrite=True,
-    )
-    trainer = build_trainer(options, args)
+    trainer = build_trainer(options, likelihood(folder, seed, num_train_epochs=12, learning_rate=8e-3))
     trainer.train()
     trainer.save_model(str(folder / "model"))
 
 
-def train(method: str, start: Path, folder: Path, seed: int) -> PreTrainedModel:
-    """The model after further training from `start`, at its best on the held-out texts."""
-    texts, held_out = real_texts(seed)
-    kind, config = (UnifiedTrainer, UnifiedConfig) if method == "unified" else (GANTrainer, GANConfig)
+def likelihood(folder: Path, seed: int, **options) -> PretrainConfig:
+    return PretrainConfig(
+        output_dir=str(folder),
+        weight_decay=0.1,
+        disable_dropout=False,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="nll_per_text",
+        greater_is_better=False,
+        seed=seed,
+        **SHARED | options,
+    )
+
+
+def further(start: Path, folder: Path, seed: int, texts: Dataset, held_out: Dataset, **options) -> PreTrainedModel:
+    """Maximum likelihood from `start` on other texts, stopped early on the held-out ones."""
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    trainer = PretrainingTrainer(
+        model=AutoModelForCausalLM.from_pretrained(start),
+        args=likelihood(folder, seed, **options),
+        data_collator=RightPadCollator(tokenizer.pad_token_id),
+        train_dataset=tokenize_rows(texts, tokenizer, 64),
+        eval_dataset=tokenize_rows(held_out, tokenizer, 64),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer.model
+
+
+def discriminate(method: str, start: Path, folder: Path, seed: int, texts: Dataset, held_out: Dataset) -> LogitNetwork:
+    """The discriminator or energy d against samples of the start, at its best on the held-out texts."""
+    kind, config = TRAINERS[method]
     trainer = kind(
         str(start),
-        Discriminator(BagOfWords(AutoModelForCausalLM.from_pretrained(start).config.vocab_size)),
-        args=config(output_dir=str(folder), seed=seed, **GAME | METHODS[method]),
+        Discriminator(BagOfWords(len(AutoTokenizer.from_pretrained(start)))),
+        args=config(output_dir=str(folder), seed=seed, **SHARED | PLAYERS | METHODS[method]),
         train_dataset=texts,
         eval_dataset=held_out,
     )
     trainer.train()
-    return trainer.model
+    best = torch.load(Path(trainer.state.best_model_checkpoint) / DISCRIMINATOR_FILE, weights_only=True)
+    trainer.learner.load_state_dict(best)
+    return trainer.discriminator.network
+
+
+def quasi_rejection(logits_N: Tensor, seed: int) -> Tensor:
+    """Positions that are accepted with min(1, e^d / beta), beta the 99th percentile of e^d (see `hf_gdc.acceptance`)."""
+    generator = torch.Generator().manual_seed(seed)
+    log_accept_N = (logits_N - logits_N.quantile(0.99)).clamp_max(0.0)
+    return (torch.rand(len(logits_N), generator=generator).log() < log_accept_N).nonzero().flatten()
 
 
 def tempered(model: PreTrainedModel, temperature: float) -> PreTrainedModel:
@@ -212,22 +235,61 @@ def best_temperature(start: Path, judge: Judge, held_out: list[str]) -> float:
     return min(TEMPERATURES, key=nll)
 
 
-def one_run(row: str, seed: int, output: Path) -> dict:
-    folder = output / f"seed{seed}"
-    run_once(folder / "start", {"texts": TEXTS}, lambda: pretrain(folder / "start", seed))
-    start, clock = folder / "start" / "model", time.monotonic()
-    texts, held_out = (rows["text"] for rows in real_texts(seed))
-    judge, found = Judge(AutoTokenizer.from_pretrained(start), texts), {}
-    if row in METHODS:
-        model = train(row, start, folder / row.replace(" ", "_"), seed)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(start)
-    if row == "temperature":
-        found["temperature"] = best_temperature(start, judge, held_out)
-        tempered(model, found["temperature"])
-    found["seconds"] = time.monotonic() - clock
-    found["held_out_nll"] = -float(judge.log_pi(model, judge.rollouts(held_out)).mean())
-    return found | judge(model)
+def kept(file: Path, make: Callable[[], object]):
+    """What `make` gives, made once."""
+    if not file.is_file():
+        torch.save(make(), file.with_suffix(".new"))
+        os.replace(file.with_suffix(".new"), file)  # whole or not at all
+    return torch.load(file, weights_only=True)
+
+
+class Seed:
+    """The models of one seed, each made once, and their measurements by the row of the table."""
+
+    def __init__(self, seed: int, folder: Path):
+        self.seed, self.folder, self.start = seed, folder, folder / "start" / "model"
+        run_once(folder / "start", {"texts": TEXTS}, lambda: pretrain(folder / "start", seed))
+        self.texts, self.held_out = real_texts(seed)
+        self.judge = Judge(AutoTokenizer.from_pretrained(self.start), self.texts["text"])
+        base = AutoModelForCausalLM.from_pretrained(self.start)
+        self.pool = Rollouts(**kept(folder / "pool.pt", lambda: self.judge.sample(base, 1, POOL).state_dict()))
+        self.log_a = kept(folder / "log_a.pt", lambda: self.judge.log_pi(base, self.judge.stories))
+
+    def measure(self, row: str) -> dict[str, float]:
+        method, _, what = row.partition(": ")
+        if row == "start":
+            return self.judge.distances(self.log_a, self.pool, self.pool.policy_logp_B)
+        if row == "start, its best temperature":
+            temperature = best_temperature(self.start, self.judge, self.held_out["text"])
+            model = tempered(AutoModelForCausalLM.from_pretrained(self.start), temperature)
+            return self.judge.model(model) | {"temperature": temperature}
+        if row == "more maximum likelihood":
+            return self.judge.model(self.further("more", self.texts, 6))
+        logits = self.logits(method, self.pool)
+        if what == "the target":
+            log_z = float(logits.logsumexp(0)) - math.log(POOL)
+            log_pi = self.log_a + self.logits(method, self.judge.stories) - log_z
+            own = self.pool.policy_logp_B + logits - log_z
+            return self.judge.distances(log_pi, self.pool, own, logits.exp()) | {"log_z": log_z}
+        accepted = [self.pool.texts[n] for n in quasi_rejection(logits, self.seed).tolist()]
+        mixed = Dataset.from_dict({"text": [*self.texts["text"], *accepted]})
+        return self.judge.model(self.further(f"{method}_policy", mixed, 2)) | {"accepted": len(accepted)}
+
+    def further(self, name: str, texts: Dataset, epochs: int) -> PreTrainedModel:
+        options = {"num_train_epochs": epochs, "learning_rate": 4e-3, "per_device_train_batch_size": 64}
+        folder = self.folder / name
+        if not (folder / "model" / "config.json").is_file():
+            further(self.start, folder, self.seed, texts, self.held_out, **options).save_pretrained(folder / "model")
+        return AutoModelForCausalLM.from_pretrained(folder / "model")
+
+    def logits(self, method: str, rollouts: Rollouts) -> Tensor:
+        def train() -> dict:
+            network = discriminate(method, self.start, self.folder / method, self.seed, self.texts, self.held_out)
+            return network.state_dict()
+
+        network = BagOfWords(len(AutoTokenizer.from_pretrained(self.start)))
+        network.load_state_dict(kept(self.folder / f"{method}.pt", train))
+        return network.whole_scores(rollouts)
 
 
 def table(results: dict[tuple, dict], seeds: list[int]) -> list[str]:
@@ -236,36 +298,36 @@ def table(results: dict[tuple, dict], seeds: list[int]) -> list[str]:
         cells = []
         for measure in MEASURES:
             values = [results[row, seed][measure] for seed in seeds]
-            spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cells.append(f"{statistics.fmean(values):.3f} ± {spread:.3f}")
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--most_runs", type=int, default=1000, help="stop after so many, to go on another time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--most_rows", type=int, default=1000, help="stop after so many, to go on another time")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/little_data"))
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     options.output.mkdir(parents=True, exist_ok=True)
-    file, seeds = options.output / "runs.jsonl", list(range(options.seeds))
+    file = options.output / "rows.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    results = {(row["row"], row["seed"]): row for row in map(json.loads, lines)}
-    todo = [(row, seed) for seed in seeds for row in ROWS if (row, seed) not in results]
-    for row, seed in todo[: options.most_runs]:
-        results[row, seed] = {"row": row, "seed": seed} | one_run(row, seed, options.output)
+    results = {(found["row"], found["seed"]): found for found in map(json.loads, lines)}
+    todo = [(row, seed) for seed in options.seeds for row in ROWS if (row, seed) not in results]
+    for row, seed in todo[: options.most_rows]:
+        found = {"row": row, "seed": seed} | Seed(seed, options.output / f"seed{seed}").measure(row)
+        results[row, seed] = found
         with file.open("a") as log:
-            log.write(json.dumps(results[row, seed]) + "\n")
-        shown = ", ".join(f"{name} {results[row, seed][name]:.3f}" for name in (*MEASURES, "held_out_nll", "seconds"))
-        print(f"{row}, seed {seed}: {shown}", flush=True)
-    if len(todo) > options.most_runs:
-        return print(f"{len(todo) - options.most_runs} runs are left: start again to go on")
-    lines = table(results, seeds)
+            log.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+    if len(todo) > options.most_rows:
+        return print(f"{len(todo) - options.most_rows} rows are left: start again to go on")
+    lines = table(results, options.seeds)
     (options.output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines) + f"\nentropy of the grammar {stories.entropy():.3f}")
-    print(json.dumps({"seeds": options.seeds, "entropy": stories.entropy(), "runs": list(results.values())}))
+    print(json.dumps({"entropy": stories.entropy(), "rows": list(results.values())}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import transformers
 from frontier import ALPHAS, best, frontier
 from language import load_oracle, nll, sample, seeded_oracle
-from methods import METHODS
+from methods import METHODS, load_generator
 from safetensors.torch import load_file, save_file
 
 TRAIN, VALIDATION, HELD_OUT = 9500, 500, 3000
@@ -52,22 +52,30 @@ class Benchmark:
 
     def part(self, seed: int, method: str) -> dict:
         """A method with a seed, computed unless that has been done."""
-        folder = self.folder(seed, method)
-        file = folder / "part.json"
+        file = self.folder(seed, method) / "part.json"
         if file.is_file():
             return json.loads(file.read_text())
-        chosen = METHODS[method]
-        if chosen.start is not None:
-            self.part(seed, chosen.start)
-        start = time.perf_counter()
-        model = chosen.train(self, seed, folder)
-        seconds = time.perf_counter() - start
-        model.save_pretrained(folder / "model")
+        model, seconds = self.trained(seed, method)
         rows = frontier(model, self.oracle, self.held_out, self.samples, seed=10_000 + seed)
         found = {"method": method, "seed": seed, "seconds": seconds, "best": best(rows), "frontier": rows}
         file.write_text(json.dumps(found, indent=2) + "\n")
         print(json.dumps({name: found[name] for name in ("method", "seed", "seconds", "best")}), flush=True)
         return found
+
+    def trained(self, seed: int, method: str) -> tuple[transformers.PreTrainedModel, float]:
+        """The generator that a method makes, and the seconds that it took; trained once."""
+        folder, chosen = self.folder(seed, method), METHODS[method]
+        done = folder / "seconds.json"  # written last
+        if done.is_file():
+            return load_generator(folder / "model"), json.loads(done.read_text())
+        if chosen.start is not None:
+            self.trained(seed, chosen.start)
+        start = time.perf_counter()
+        model = chosen.train(self, seed, folder)
+        seconds = time.perf_counter() - start
+        model.save_pretrained(folder / "model")
+        done.write_text(json.dumps(seconds))
+        return model, seconds
 
 
 def prepare(options: argparse.Namespace) -> Benchmark:
