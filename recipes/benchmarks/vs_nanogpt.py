@@ -7,9 +7,9 @@ as its README's command for a CPU does: 4 layers, 4 heads, 128 wide, block 64, b
 warm-up, cosine decay to a tenth. hf_gdc trains through its own `PretrainingTrainer`, everything included. Both sides see the
 same characters and are judged on the same full validation split: the last tenth, in blocks of 64, each predicted once.
 
-Three questions: tokens per second with AdamW and nanoGPT's architecture on both sides, in turn; seconds until our recipe is as
-good as nanoGPT at its end; and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon and
-AdamW, smaller batches, linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and
+Three questions: tokens per second with AdamW and nanoGPT's architecture on both sides, in turn; seconds until our recipe is
+as good as nanoGPT at its end; and our loss at nanoGPT's budget of tokens. Our recipe is the small GPT with shifted tokens, Muon
+and AdamW, smaller batches, linear decay. Seconds are of training alone, not of judging; on a busy machine take one thread and
 compare CPU seconds. The last line is JSON.
 """
 
