@@ -232,8 +232,9 @@ def test_training_learns_the_task_and_keeps_the_best(base, tmp_path):
 
 def test_it_stops_early_and_ends_with_the_best_checkpoint(base, tmp_path):
     """At a learning rate that ruins the model, the first evaluations are the best."""
-    options = FinetuneArguments(task="translation", num_examples=60, held_out_percent=20, early_stopping_patience=1)
+    options = FinetuneArguments(task="translation", num_examples=60, held_out_percent=20)
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "learning_rate": 3.0, "num_train_epochs": 30}
+    quiet |= {"early_stopping_patience": 1}
     _, _, end = finetune(
         options, ModelConfig(model_name_or_path=str(base)), FinetuneConfig(str(tmp_path / "out"), **quiet)
     )

@@ -12,18 +12,19 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..arguments import suggest_options
 from ..data import load_rows
 from ..encoding import RightPadCollator, tokenize_rows
 from ..hub import write_model_card
 from ..loading import adapter_config, disable_dropout, load_policy, load_tokenizer, loading_options
+from ..pretrain_arguments import PretrainConfig
 from ..story_tasks import story_task
 from ..task_scores import task_scores
 from ..tasks import TASKS, fitting_rows, get_task, task_rows
 from ..trl_compat import ModelConfig
-from .pretraining import PretrainConfig, PretrainingTrainer
+from .pretraining import PretrainingTrainer
 
 COMMAND = "accelerate launch recipes/finetune/run.py --config recipes/finetune/config.yaml"
 
@@ -59,9 +60,6 @@ class FinetuneArguments:
     )
     max_length: int = field(default=128, metadata={"help": "Rows of more tokens, prompt and completion, are left out."})
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens of a written answer at most."})
-    early_stopping_patience: int = field(
-        default=2, metadata={"help": "Stop after so many evaluations without a better one; 0: never."}
-    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
 
     def __post_init__(self):
@@ -97,6 +95,9 @@ class FinetuneConfig(PretrainConfig):
     save_strategy: str = field(default="epoch", metadata={"help": "As eval_strategy, to keep the best checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep beside the best."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    early_stopping_patience: int | None = field(
+        default=2, metadata={"help": "Stop after so many evaluations without a better one; None: never."}
+    )
     metric_for_best_model: str | None = field(default="nll_per_token", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
 
@@ -125,7 +126,6 @@ def build_finetuner(
         train_dataset=_encode(options, tokenizer, train),
         eval_dataset=_encode(options, tokenizer, held_out),
         processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else None,
     )
 
 
