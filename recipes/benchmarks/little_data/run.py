@@ -1,4 +1,4 @@
-"""Too little data: what adversarial and unified training get out of texts that maximum likelihood has used up.
+"""Too little data: what adversarial and unified training get out of texts beside maximum likelihood.
 
     python recipes/benchmarks/little_data/run.py
 
