@@ -130,7 +130,8 @@ def test_mixed_precision_computes_in_bfloat16_and_stays_near(tmp_path):
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_training_is_the_same_training(tmp_path, backend):
     compiled = {"torch_compile": True, "torch_compile_backend": backend}
     models = []
