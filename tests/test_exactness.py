@@ -112,7 +112,14 @@ def training_options(name: str, target: str) -> dict:
     return {"max_steps": 180, "per_device_train_batch_size": 256, "learning_rate": 2e-2}
 
 
-@pytest.mark.parametrize("options,target", [case for case in CASES if "moment" not in case.id])
+@pytest.mark.parametrize(
+    "options,target",
+    [
+        pytest.param(*case.values, id=case.id, marks=pytest.mark.slow if case.id == "tv-pointwise" else ())
+        for case in CASES
+        if "moment" not in case.id
+    ],
+)
 def test_training_reaches_the_target(options, target, tmp_path):
     """By sampling alone, KL(p || pi) falls below 1e-3 nats (exact, by enumeration)."""
     trainer = tiny.trainer(

@@ -34,7 +34,13 @@ def uninterrupted(tmp_path_factory):
 
 
 # Rollouts last for 2 * 2 = 4 micro-steps: the checkpoint at step 5 lies inside a set of rollouts, as does step 10.
-@pytest.mark.parametrize("kill_at", [7, 10], ids=["between checkpoints", "right after a checkpoint"])
+@pytest.mark.parametrize(
+    "kill_at",
+    [
+        pytest.param(7, id="between checkpoints"),
+        pytest.param(10, id="right after a checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_is_bit_equal(kill_at, uninterrupted, tmp_path):
     assert run(tmp_path, "fresh", kill_at) == -9
     assert not (tmp_path / "end.pt").exists()
