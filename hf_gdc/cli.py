@@ -6,7 +6,7 @@ Left out: the `hf-gdc` command (`commands`).
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -248,6 +248,28 @@ def _mean_of(text: str, grouped: bool) -> float | dict[str, float] | None:
 
 
 # ---- the end of a run ----
+
+
+def train_and_save(
+    trainer: Trainer,
+    title: str,
+    command: str,
+    data: str,
+    base_model: str,
+    judge: Callable[[], dict[str, float]] | None = None,
+) -> None:
+    """Train, or go on, evaluate, and put the model with its target and card into `output_dir/model`.
+
+    Args:
+        judge: further metrics of the trained model, named as `evaluate` names its own.
+        title, command, data, base_model: see `write_model_card`.
+    """
+    trainer.train(resume_from_checkpoint=resume_option(trainer.args))
+    metrics = trainer.evaluate() | (judge() if judge is not None else {})
+    folder = Path(trainer.args.output_dir) / "model"
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        save_run(trainer, metrics, [folder], title, command, data, base_model)
 
 
 def save_run(

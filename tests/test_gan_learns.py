@@ -61,9 +61,7 @@ def test_gan_with_credit_for_tokens(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "term", ["ml", "nce", pytest.param("critic", marks=pytest.mark.xfail(reason="KL 0.04 so far"))]
-)
+@pytest.mark.parametrize("term", ["ml", "nce", "critic"])
 def test_unified_with_each_data_term(term, tmp_path):
     log_p = adversaries.goal(5, 0.4)
     texts = adversaries.real_texts(log_p, 40_000)

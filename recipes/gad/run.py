@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gdc import GANConfig, GANTrainer
-from hf_gdc.cli import RealTextArguments, name_model, parse_options, resume_option, save_run
+from hf_gdc.cli import RealTextArguments, name_model, parse_options, train_and_save
 from hf_gdc.data import load_prompts
 from hf_gdc.evaluation import repeated
 from hf_gdc.frozen import FrozenLM
@@ -100,15 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=held_out,
         peft_config=adapter_config(model),
     )
-    trainer.train(resume_from_checkpoint=resume_option(args))
-    metrics = trainer.evaluate()
-    if run.teacher is not None:
-        metrics |= judge(trainer, run.teacher, held_out)
-    folder = Path(args.output_dir) / "model"
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        title = f"{Path(name).name}, taught by texts"
-        save_run(trainer, metrics, [folder], title, COMMAND, run.data, base_model=name)
+    further = None if run.teacher is None else lambda: judge(trainer, run.teacher, held_out)
+    train_and_save(trainer, f"{Path(name).name}, taught by texts", COMMAND, run.data, base_model=name, judge=further)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from hf_gdc.cli import (
     build_target,
     name_model,
     parse_options,
-    resume_option,
-    save_run,
+    train_and_save,
 )
 from hf_gdc.loading import adapter_config
 from hf_gdc.trl_compat import ModelConfig
@@ -43,13 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=run.dataset(),
         peft_config=adapter_config(model),
     )
-    trainer.train(resume_from_checkpoint=resume_option(args))
-    metrics = trainer.evaluate()
-    folder = Path(args.output_dir) / "model"
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        title, data = f"{Path(name).name}, by PPO", run.data or "the empty prompt"
-        save_run(trainer, metrics, [folder], title, COMMAND, data, base_model=name)
+    data = run.data or "the empty prompt"
+    train_and_save(trainer, f"{Path(name).name}, by PPO", COMMAND, data, base_model=name)
 
 
 if __name__ == "__main__":

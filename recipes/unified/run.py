@@ -22,8 +22,7 @@ from hf_gdc.cli import (
     further_factors,
     name_model,
     parse_options,
-    resume_option,
-    save_run,
+    train_and_save,
 )
 from hf_gdc.loading import adapter_config
 from hf_gdc.trl_compat import ModelConfig
@@ -46,13 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=held_out,
         peft_config=adapter_config(model),
     )
-    trainer.train(resume_from_checkpoint=resume_option(args))
-    metrics = trainer.evaluate()
-    folder = Path(args.output_dir) / "model"
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        title = f"{Path(name).name}, trained with an energy"
-        save_run(trainer, metrics, [folder], title, COMMAND, run.data, base_model=name)
+    train_and_save(trainer, f"{Path(name).name}, trained with an energy", COMMAND, run.data, base_model=name)
 
 
 if __name__ == "__main__":
