@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_gdc import SmallGPTConfig, SmallGPTForCausalLM, stories
+from hf_gdc import Discriminator, SmallGPTConfig, SmallGPTForCausalLM, Target, stories
 from hf_gdc.data import word_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "gad"
@@ -88,3 +89,18 @@ def test_a_black_box_is_a_file_of_its_texts(gad, teacher, tmp_path, capsys):
     assert not torch.equal(before, after) and not printed(capsys.readouterr().out).keys() & {"kl_teacher_student"}
     with pytest.raises(ValueError, match="has no prompts"):
         gad(options(tmp_path / "again", *model, "--data", str(plain)))
+
+
+@pytest.mark.parametrize("recipe", ["gan", "unified"])
+def test_the_other_games_leave_a_model_and_its_target(recipe, teacher, tmp_path):
+    main = runpy.run_path(str(FOLDER.parent / recipe / "run.py"))["main"]
+    output = tmp_path / "out"
+    sizes = ("--num_stories", "200", "--reference_samples", "32", "--model_name_or_path", teacher)
+    argv = options(output, *sizes)
+    argv[1] = str(FOLDER.parent / recipe / "config.yaml")
+    main(argv)
+    target = Target.from_pretrained(output / "model")
+    assert any(isinstance(factor, Discriminator) for factor, _ in target.terms)
+    start, end = (SmallGPTForCausalLM.from_pretrained(folder) for folder in (teacher, output / "model"))
+    assert not torch.equal(start.lm_head.weight, end.lm_head.weight)
+    assert "divergence" in (output / "model" / "README.md").read_text()
