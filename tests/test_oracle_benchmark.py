@@ -139,11 +139,17 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
 
 
 def test_the_pair_discriminator_sums_over_a_prefix():
-    network, words = discriminators.PairDiscriminator(WORDS, hidden_size=3).eval(), [4, 7, *[4] * 18]
+    pairs_VV = torch.rand(WORDS, WORDS, generator=torch.Generator().manual_seed(0)).softmax(1)
+    network, words = discriminators.PairDiscriminator(pairs_VV), [4, 7, *[4] * 18]
+    for place, parameter in enumerate(network.trainable_parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(place))
     sampler = TransformersSampler(language.make_tokenizer(WORDS), language.LENGTH)
     rollouts = RealTexts(sampler)([{"prompt": "2", "completion": " ".join(map(str, words))}], torch.device("cpu"))
-    before, after, own = (embedding.weight for embedding in (network.before, network.after, network.own))
-    terms = [own[b, 0] + before[a] @ after[b] for a, b in zip([2, *words], words, strict=False)]
+    weight, shift, own = network.weight, network.shift, network.own.weight[:, 0]
+    entropy = torch.distributions.Categorical(probs=pairs_VV).entropy().mean()
+    terms = [
+        weight * (pairs_VV[a, b].log() + entropy) + shift + own[b] for a, b in zip([2, *words], words, strict=False)
+    ]
     torch.testing.assert_close(network(rollouts)[0], torch.stack(terms).cumsum(0))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from discriminators import PairDiscriminator
-from energies import ResidualEnergy, SampledEnergyTrainer, frozen, make_energy
+from energies import ResidualEnergy, SampledEnergyTrainer, frozen, make_energy, pair_probabilities
 from language import LENGTH, START, VOCABULARY, as_dataset, make_tokenizer
 from lstm import LSTMConfig, LSTMForCausalLM
 from torch import Tensor
@@ -99,16 +99,15 @@ def train_gan(
     model: PreTrainedModel, train_BT: Tensor, folder: Path, seed: int, steps: int, **options
 ) -> PreTrainedModel:
     """Adversarial training from a generator that maximum likelihood made."""
-    torch.manual_seed(seed)
-    discriminator = PairDiscriminator(model.config.vocab_size)
+    discriminator = PairDiscriminator(pair_probabilities(train_BT, model.config.vocab_size, discount=0.9))
     defaults = {
         "divergence": "reverse_kl",
         "per_device_train_batch_size": 128,
-        "learning_rate": 0.01,
+        "learning_rate": 5e-3,
         "lr_scheduler_type": "constant",
         "discriminator_learning_rate": 0.01,
         "discriminator_steps": 4,
-        "discriminator_warmup_steps": 20,
+        "discriminator_warmup_steps": 8,
         "max_grad_norm": 5.0,
     }
     args = GANConfig(
@@ -192,7 +191,7 @@ def _mle(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 def _mle_long(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     """As SeqGAN's generator is pretrained: until NLL_oracle hardly falls any more, long after NLL_gen has begun to rise."""
     start = make_generator(benchmark.generator, seed)
-    return train_mle(start, benchmark.train, benchmark.validation, folder / "run", seed, epochs=16, patience=None)
+    return train_mle(start, benchmark.sequences, benchmark.validation, folder / "run", seed, epochs=16, patience=None)
 
 
 def _mle_dropout(benchmark, seed: int, folder: Path) -> PreTrainedModel:
@@ -203,7 +202,7 @@ def _mle_dropout(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 
 def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle_long") / "model")
-    return train_gan(start, benchmark.train, folder / "run", seed, steps=120)
+    return train_gan(start, benchmark.sequences, folder / "run", seed, steps=120)
 
 
 def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:

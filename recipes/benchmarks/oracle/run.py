@@ -47,6 +47,11 @@ class Benchmark:
         """Of the oracle, in nats per word, as the held-out sequences show it."""
         return float(nll(self.oracle, self.held_out).mean())
 
+    @property
+    def sequences(self) -> torch.Tensor:
+        """All 10,000, for methods that don't stop early."""
+        return torch.cat([self.train, self.validation])
+
     def folder(self, seed: int, method: str) -> Path:
         return self.output / f"seed{seed}" / method
 
