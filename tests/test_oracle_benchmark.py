@@ -168,6 +168,24 @@ def test_every_method_trains_either_generator(tmp_path, oracle, kind):
     assert float(language.nll(gan, words[200:]).mean()) == pytest.approx(middle, abs=0.2)
 
 
+def test_adversarial_training_says_what_the_oracle_finds_likely(tmp_path):
+    """NLL_oracle of samples falls at the same temperature, and by more than NLL_gen rises: the policy is no collapsed one."""
+    oracle = language.seeded_oracle(3, 200)
+    words, unseen = language.sample(oracle, 700, seed=1).split([600, 100])
+    start = methods.make_generator("lstm", 0, 200)
+    model = methods.train_mle(start, words, unseen, tmp_path / "mle", 0, epochs=15, patience=None)
+
+    def judged():
+        samples = language.sample(model, 1000, seed=5)
+        return float(language.nll(oracle, samples).mean()), float(language.nll(model, unseen).mean())
+
+    before = judged()
+    model = methods.train_gan(model, words, tmp_path / "gan", 0, steps=30, per_device_train_batch_size=64)
+    after = judged()
+    assert after[0] < before[0] - 0.2
+    assert sum(after) < sum(before) - 0.1
+
+
 def test_pairs_are_smoothed_towards_the_words_own_frequencies():
     found = energies.pair_probabilities(torch.tensor([[1, 1, 2], [1, 1, 1]]), vocab_size=4, discount=0.5)
     own = torch.tensor([0.5, 5.5, 1.5, 0.5]) / 8
