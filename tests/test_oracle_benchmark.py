@@ -132,6 +132,8 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
     entropy = float(language.nll(oracle, held_out).mean())
     assert rows[1]["nll_gen"] == pytest.approx(entropy, rel=1e-5)
     assert rows[1]["nll_oracle"] == pytest.approx(entropy, abs=6 * rows[1]["nll_oracle_stderr"])
+    assert rows[1]["entropy"] == pytest.approx(rows[1]["nll_oracle"], rel=1e-5)  # it scores its own samples
+    assert rows[0]["entropy"] > rows[1]["entropy"] > rows[2]["entropy"]
     assert rows[0]["nll_gen"] > rows[1]["nll_gen"] < rows[2]["nll_gen"]
     assert rows[0]["nll_oracle"] > rows[1]["nll_oracle"] > rows[2]["nll_oracle"]
     found = frontiers.best(rows)

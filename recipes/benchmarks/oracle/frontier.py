@@ -8,7 +8,7 @@ Left out: the plot (`report`). Shapes: A alphas, B sequences, T words, N words o
 """
 
 import torch
-from language import START, nll, sample
+from language import START, nll, sample_with_nll
 from torch import Tensor
 
 ALPHAS = (1.0, 1.5, 1.9, 2.1, 2.4)
@@ -17,14 +17,14 @@ ALPHAS = (1.0, 1.5, 1.9, 2.1, 2.4)
 def frontier(
     model, oracle, held_out_BT: Tensor, samples: int, seed: int, alphas: tuple[float, ...] = ALPHAS
 ) -> list[dict[str, float]]:
-    """One row for each alpha: `alpha`, `nll_oracle` of so many samples with its standard error, and `nll_gen`."""
+    """One row for each alpha: `alpha`, `nll_oracle` of so many samples with its standard error, their `entropy`, `nll_gen`."""
     rows = []
     for alpha, nll_gen in zip(alphas, held_out_nll(model, held_out_BT, alphas).tolist(), strict=True):
-        found_B = nll(oracle, sample(model, samples, seed, alpha))
-        stderr = float(found_B.std()) / len(found_B) ** 0.5
-        rows.append(
-            {"alpha": alpha, "nll_oracle": float(found_B.mean()), "nll_oracle_stderr": stderr, "nll_gen": nll_gen}
-        )
+        words_BT, own_B = sample_with_nll(model, samples, seed, alpha)
+        found_B = nll(oracle, words_BT)
+        row = {"alpha": alpha, "nll_oracle": float(found_B.mean()), "nll_gen": nll_gen}
+        row |= {"nll_oracle_stderr": float(found_B.std()) / samples**0.5, "entropy": float(own_B.mean())}
+        rows.append(row)
     return rows
 
 

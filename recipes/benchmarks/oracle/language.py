@@ -58,13 +58,20 @@ def make_tokenizer(vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
 
 
-def sample(model, count: int, seed: int, alpha: float = 1.0, batch_size: int = 512) -> Tensor:
+def sample(model, count: int, seed: int, alpha: float = 1.0) -> Tensor:
     """(count, T) words from pi^alpha, word by word, by the library's sampler; `alpha` is an inverse temperature."""
+    return sample_with_nll(model, count, seed, alpha)[0]
+
+
+def sample_with_nll(model, count: int, seed: int, alpha: float = 1.0, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """The same, and what pi^alpha says of them, (count,) nats per word: their mean estimates its entropy."""
     sampler = TransformersSampler(make_tokenizer(model.config.vocab_size), LENGTH, temperature=1 / alpha)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = [min(batch_size, count - at) for at in range(0, count, batch_size)]
-        return torch.cat([sampler(model, [str(START)] * size).completion_ids_BT for size in sizes])
+        parts = [sampler(model, [str(START)] * size) for size in sizes]
+    words_BT = torch.cat([part.completion_ids_BT for part in parts])
+    return words_BT, -torch.cat([part.sampler_logp_B for part in parts]) / LENGTH
 
 
 @torch.no_grad()

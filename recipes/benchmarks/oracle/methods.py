@@ -103,8 +103,8 @@ def train_gan(
     defaults = {
         "divergence": "reverse_kl",
         "per_device_train_batch_size": 128,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
+        "learning_rate": 4e-3,
+        "lr_scheduler_type": "linear",
         "discriminator_learning_rate": 0.01,
         "discriminator_steps": 4,
         "discriminator_warmup_steps": 8,
@@ -202,7 +202,12 @@ def _mle_dropout(benchmark, seed: int, folder: Path) -> PreTrainedModel:
 
 def _gan(benchmark, seed: int, folder: Path) -> PreTrainedModel:
     start = load_generator(benchmark.folder(seed, "mle_long") / "model")
-    return train_gan(start, benchmark.sequences, folder / "run", seed, steps=120)
+    return train_gan(start, benchmark.sequences, folder / "run", seed, steps=208)
+
+
+def _gan_early(benchmark, seed: int, folder: Path) -> PreTrainedModel:
+    start = load_generator(benchmark.folder(seed, "mle") / "model")
+    return train_gan(start, benchmark.sequences, folder / "run", seed, steps=208)
 
 
 def _unified(benchmark, seed: int, folder: Path) -> PreTrainedModel:
@@ -215,5 +220,6 @@ METHODS = {
     "mle_long": Method(_mle_long),
     "mle_dropout": Method(_mle_dropout),
     "gan": Method(_gan, start="mle_long"),
+    "gan_early": Method(_gan_early, start="mle"),
     "unified": Method(_unified, start="mle"),
 }
