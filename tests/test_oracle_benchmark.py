@@ -21,6 +21,7 @@ import energies  # noqa: E402
 import frontier as frontiers  # noqa: E402
 import language  # noqa: E402
 import methods  # noqa: E402
+import report  # noqa: E402
 import run  # noqa: E402
 from lstm import LinearNLL, LSTMConfig, LSTMForCausalLM  # noqa: E402
 
@@ -136,6 +137,7 @@ def test_the_oracles_own_frontier_starts_at_its_entropy(oracle):
     assert rows[0]["entropy"] > rows[1]["entropy"] > rows[2]["entropy"]
     assert rows[0]["nll_gen"] > rows[1]["nll_gen"] < rows[2]["nll_gen"]
     assert rows[0]["nll_oracle"] > rows[1]["nll_oracle"] > rows[2]["nll_oracle"]
+    assert report.both_kls(rows, entropy) == pytest.approx(0, abs=1e-4)  # at alpha 1
     found = frontiers.best(rows)
     assert found["sum"] == min(row["nll_oracle"] + row["nll_gen"] for row in rows)
 

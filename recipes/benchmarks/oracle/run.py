@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         share(options)
     parts = {method: {seed: benchmark.part(seed, method) for seed in options.seeds} for method in options.methods}
     baseline = next(iter(METHODS)) if next(iter(METHODS)) in parts else next(iter(parts))
-    found = report.summarise(parts, baseline)
+    found = report.summarise(parts, benchmark.entropy, baseline)
     report.write_table(found, benchmark.output / "table.md")
     report.plot(parts, benchmark.entropy, benchmark.output / "figure.png")
     result = {"entropy": benchmark.entropy, "alphas": ALPHAS, "methods": found}
