@@ -15,7 +15,7 @@ from hf_gdc.rollouts import Rollouts
 
 
 class PairDiscriminator(LogitNetwork):
-    """l(x_<=t) = sum_{s <= t} w (log c(x_s | x_s-1) + h) + v + u(x_s), with learned w, v and u.
+    """l(x_<=t) = sum_{s <= t} [w (log c(x_s | x_s-1) + h) + v + u(x_s)], with learned w, v and u.
 
     h is the mean entropy of c, which centres the counts so that w can grow before v and u have followed.
 
