@@ -30,7 +30,7 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, Rollouts, UnifiedConfig, UnifiedTrainer, stories
 from hf_gdc.actors import score_in_parts
@@ -46,21 +46,27 @@ from hf_gdc.trainers.pretraining import PretrainArguments, PretrainConfig, Pretr
 
 TEXTS, HELD_OUT_PERCENT, LENGTH, BATCH = 2000, 15, 52, 500
 JUDGED = 10_000  # samples of the grammar, and of each model
-TEMPERATURES = [0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1]
-POOL = 20_000  # samples of the start that the energy weighs
+TEMPERATURES = [0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2]
+POOL = 20_000  # samples of the start that a target weighs
 SHARED = {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "overwrite": True, "save_total_limit": 1}
-SHARED |= {"load_best_model_at_end": True}
-# The policy stands still all the time: what is trained is the discriminator, at its best on the held-out texts.
-PLAYERS = {"max_steps": 24, "discriminator_warmup_steps": 24, "discriminator_steps": 10, "eval_samples": 600}
-PLAYERS |= {"discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 0.03, "reference_samples": 512}
-PLAYERS |= {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "logging_steps": 4, "greater_is_better": True}
-PLAYERS |= {"metric_for_best_model": "discriminator/auc", "max_completion_length": LENGTH}
-PLAYERS |= {"per_device_train_batch_size": 256, "per_device_eval_batch_size": BATCH}
+SHARED |= {"load_best_model_at_end": True, "disable_tqdm": True, "per_device_eval_batch_size": BATCH}
+# Both players see sets of 1,536 samples and as many texts; whatever is kept is the best on the held-out texts.
+PLAYERS = {"per_device_train_batch_size": 512, "steps_per_generation": 3, "max_completion_length": LENGTH}
+PLAYERS |= {"eval_strategy": "steps", "eval_samples": 1500, "reference_samples": 512, "divergence": "kl"}
+PLAYERS |= {"discriminator_weight_decay": 0.03}
+# First the policy stands still, then both move.
+WARM_UP = {"max_steps": 24, "discriminator_warmup_steps": 24, "discriminator_steps": 10, "eval_steps": 3}
+WARM_UP |= {
+    "discriminator_learning_rate": 1e-2,
+    "metric_for_best_model": "discriminator/auc",
+    "greater_is_better": True,
+}
+GAME = {"max_steps": 48, "discriminator_steps": 4, "eval_steps": 6, "discriminator_learning_rate": 3e-3}
+GAME |= {"learning_rate": 1e-3, "metric_for_best_model": "nll", "greater_is_better": False}
 TRAINERS = {"GAN": (GANTrainer, GANConfig), "unified": (UnifiedTrainer, UnifiedConfig)}
 METHODS = {"GAN": {}, "unified": {"data_term": "nce", "data_weight": 10.0}}
 ROWS = ["start", "start, its best temperature", "more maximum likelihood"]
 ROWS += [f"{method}: {what}" for method in METHODS for what in ("the target", "the policy")]
-MEASURES = {"kl": "KL(p, pi)", "js": "JS", "entropy": "entropy", "grammatical": "grammatical", "copied": "copied"}
 
 
 # ---- the judge ----
@@ -94,7 +100,8 @@ class Judge:
         """(B,) log p of tokens: -inf where the text is not a story, was cut, or has other tokens than the tokenizer's."""
         own = self.rollouts(samples.texts).completion_ids()
         pairs = zip(samples.texts, own, samples.completion_ids(), strict=True)
-        return torch.tensor([stories.log_prob(text) if a == b else -math.inf for text, a, b in pairs]).double()
+        log_p = [stories.log_prob(text) if a == b else -math.inf for text, a, b in pairs]
+        return torch.tensor(log_p, dtype=torch.float64)
 
     def model(self, model: PreTrainedModel) -> dict[str, float]:
         samples = self.sample(model, 1)
@@ -157,11 +164,11 @@ def real_texts(seed: int) -> tuple:
 def pretrain(folder: Path, seed: int) -> None:
     """Maximum likelihood, stopped early on the held-out texts."""
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size |= {"max_position_embeddings": 64, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+    size |= {"max_position_embeddings": 64, "residual_dropout": 0.15, "embedding_dropout": 0.15}
     options = PretrainArguments(
         num_stories=TEXTS, validation_percent=HELD_OUT_PERCENT, vocab_size=768, max_length=64, model_kwargs=size
     )
-    trainer = build_trainer(options, likelihood(folder, seed, num_train_epochs=12, learning_rate=8e-3))
+    trainer = build_trainer(options, likelihood(folder, seed, num_train_epochs=50, learning_rate=4e-3))
     trainer.train()
     trainer.save_model(str(folder / "model"))
 
@@ -180,42 +187,18 @@ def likelihood(folder: Path, seed: int, **options) -> PretrainConfig:
     )
 
 
-def further(start: Path, folder: Path, seed: int, texts: Dataset, held_out: Dataset, **options) -> PreTrainedModel:
-    """Maximum likelihood from `start` on other texts, stopped early on the held-out ones."""
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    trainer = PretrainingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(start),
-        args=likelihood(folder, seed, **options),
-        data_collator=RightPadCollator(tokenizer.pad_token_id),
-        train_dataset=tokenize_rows(texts, tokenizer, 64),
-        eval_dataset=tokenize_rows(held_out, tokenizer, 64),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return trainer.model
-
-
-def discriminate(method: str, start: Path, folder: Path, seed: int, texts: Dataset, held_out: Dataset) -> LogitNetwork:
-    """The discriminator or energy d against samples of the start, at its best on the held-out texts."""
+def play(method: str, network: LogitNetwork, start: Path, options: dict, texts: Dataset, held_out: Dataset) -> Trainer:
+    """`GANTrainer` or `UnifiedTrainer` from the start; its policy is the best one, by the options, on the held-out texts."""
     kind, config = TRAINERS[method]
     trainer = kind(
         str(start),
-        Discriminator(BagOfWords(len(AutoTokenizer.from_pretrained(start)))),
-        args=config(output_dir=str(folder), seed=seed, **SHARED | PLAYERS | METHODS[method]),
+        Discriminator(network),
+        args=config(**SHARED | PLAYERS | METHODS[method] | options),
         train_dataset=texts,
         eval_dataset=held_out,
     )
     trainer.train()
-    best = torch.load(Path(trainer.state.best_model_checkpoint) / DISCRIMINATOR_FILE, weights_only=True)
-    trainer.learner.load_state_dict(best)
-    return trainer.discriminator.network
-
-
-def quasi_rejection(logits_N: Tensor, seed: int) -> Tensor:
-    """Positions that are accepted with min(1, e^d / beta), beta the 99th percentile of e^d (see `hf_gdc.acceptance`)."""
-    generator = torch.Generator().manual_seed(seed)
-    log_accept_N = (logits_N - logits_N.quantile(0.99)).clamp_max(0.0)
-    return (torch.rand(len(logits_N), generator=generator).log() < log_accept_N).nonzero().flatten()
+    return trainer
 
 
 def tempered(model: PreTrainedModel, temperature: float) -> PreTrainedModel:
@@ -264,43 +247,88 @@ class Seed:
             model = tempered(AutoModelForCausalLM.from_pretrained(self.start), temperature)
             return self.judge.model(model) | {"temperature": temperature}
         if row == "more maximum likelihood":
-            return self.judge.model(self.further("more", self.texts, 6))
-        logits = self.logits(method, self.pool)
-        if what == "the target":
-            log_z = float(logits.logsumexp(0)) - math.log(POOL)
-            log_pi = self.log_a + self.logits(method, self.judge.stories) - log_z
-            own = self.pool.policy_logp_B + logits - log_z
-            return self.judge.distances(log_pi, self.pool, own, logits.exp()) | {"log_z": log_z}
-        accepted = [self.pool.texts[n] for n in quasi_rejection(logits, self.seed).tolist()]
-        mixed = Dataset.from_dict({"text": [*self.texts["text"], *accepted]})
-        return self.judge.model(self.further(f"{method}_policy", mixed, 2)) | {"accepted": len(accepted)}
+            return self.judge.model(self.model("more", self.further))
+        if what == "the policy":
+            return self.judge.model(self.model(f"{method}_policy", lambda folder: self.game(method, folder)))
+        network = self.discriminator(method)
+        logits = network.whole_scores(self.pool)
+        log_z = float(logits.logsumexp(0)) - math.log(POOL)
+        log_pi = self.log_a + network.whole_scores(self.judge.stories) - log_z
+        own = self.pool.policy_logp_B + logits - log_z
+        return self.judge.distances(log_pi, self.pool, own, logits.exp()) | {"log_z": log_z}
 
-    def further(self, name: str, texts: Dataset, epochs: int) -> PreTrainedModel:
-        options = {"num_train_epochs": epochs, "learning_rate": 4e-3, "per_device_train_batch_size": 64}
+    def model(self, name: str, train: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+        """What `train` gives for a folder, trained once."""
         folder = self.folder / name
-        if not (folder / "model" / "config.json").is_file():
-            further(self.start, folder, self.seed, texts, self.held_out, **options).save_pretrained(folder / "model")
+        run_once(folder, {}, lambda: train(folder / "run").save_pretrained(folder / "model"))
         return AutoModelForCausalLM.from_pretrained(folder / "model")
 
-    def logits(self, method: str, rollouts: Rollouts) -> Tensor:
-        def train() -> dict:
-            network = discriminate(method, self.start, self.folder / method, self.seed, self.texts, self.held_out)
-            return network.state_dict()
+    def further(self, folder: Path) -> PreTrainedModel:
+        """Maximum likelihood from the start on, stopped early on the held-out texts."""
+        tokenizer = AutoTokenizer.from_pretrained(self.start)
+        trainer = PretrainingTrainer(
+            model=AutoModelForCausalLM.from_pretrained(self.start),
+            args=likelihood(folder, self.seed, num_train_epochs=8, learning_rate=2e-3),
+            data_collator=RightPadCollator(tokenizer.pad_token_id),
+            train_dataset=tokenize_rows(self.texts, tokenizer, 64),
+            eval_dataset=tokenize_rows(self.held_out, tokenizer, 64),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        return trainer.model
 
+    def discriminator(self, method: str) -> LogitNetwork:
+        """l or d against samples of the start, at its best on the held-out texts."""
+
+        def train() -> dict:
+            folder = self.folder / f"{method}_warm_up"
+            trainer = self.play(method, network, folder, WARM_UP)
+            best = Path(trainer.state.best_model_checkpoint) / DISCRIMINATOR_FILE
+            return torch.load(best, weights_only=True)["network"]
+
+        torch.manual_seed(self.seed)
         network = BagOfWords(len(AutoTokenizer.from_pretrained(self.start)))
-        network.load_state_dict(kept(self.folder / f"{method}.pt", train))
-        return network.whole_scores(rollouts)
+        network.load_own_state(kept(self.folder / f"{method}.pt", train))
+        return network
+
+    def game(self, method: str, folder: Path) -> PreTrainedModel:
+        return self.play(method, self.discriminator(method), folder, GAME).model
+
+    def play(self, method: str, network: LogitNetwork, folder: Path, options: dict) -> Trainer:
+        steps = {name: options["eval_steps"] for name in ("save_steps", "logging_steps")}
+        options = options | steps | {"output_dir": str(folder), "seed": self.seed}
+        return play(method, network, self.start, options, self.texts, self.held_out)
+
+
+def summary(values: list[float], digits: int = 3) -> str:
+    """Mean and standard error over seeds."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def table(results: dict[tuple, dict], seeds: list[int]) -> list[str]:
-    lines = ["| model | " + " | ".join(MEASURES.values()) + " |", "|" + "---|" * (1 + len(MEASURES))]
+    """Means over seeds with standard errors; differences are paired: each seed's row less its start."""
+
+    def values(row: str, measure: str) -> list[float]:
+        return [results[row, seed][measure] for seed in seeds]
+
+    def less_start(row: str, measure: str) -> str:
+        pairs = zip(values(row, measure), values("start", measure), strict=True)
+        return "" if row == "start" else summary([value - start for value, start in pairs])
+
+    names = ["model", "KL(p, pi)", "less the start's", "JS", "less the start's", "entropy", "against the start's"]
+    names += ["against the grammar's", "grammatical", "copies of a text learned"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in ROWS:
-        cells = []
-        for measure in MEASURES:
-            values = [results[row, seed][measure] for seed in seeds]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cells.append(f"{statistics.fmean(values):.3f} ± {error:.3f}")
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        cells = [row]
+        for measure in ("kl", "js"):
+            cells += [summary(values(row, measure)), less_start(row, measure)]
+        entropy = statistics.fmean(values(row, "entropy"))
+        cells.append(summary(values(row, "entropy"), 2))
+        for other in (statistics.fmean(values("start", "entropy")), stories.entropy()):
+            cells.append(f"{entropy / other - 1:+.1%}")
+        cells += [summary(values(row, "grammatical")), f"{statistics.fmean(values(row, 'copied')):.2%}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -315,7 +343,7 @@ def main() -> None:
     file = options.output / "rows.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     results = {(found["row"], found["seed"]): found for found in map(json.loads, lines)}
-    todo = [(row, seed) for seed in options.seeds for row in ROWS if (row, seed) not in results]
+    todo = [(row, seed) for row in ROWS for seed in options.seeds if (row, seed) not in results]
     for row, seed in todo[: options.most_rows]:
         found = {"row": row, "seed": seed} | Seed(seed, options.output / f"seed{seed}").measure(row)
         results[row, seed] = found
