@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from hf_gdc import stories
 from hf_gdc.data import train_tokenizer
 from hf_gdc.scoring import Scorer
 
-FILE = Path(__file__).parents[1] / "recipes" / "benchmarks" / "little_data" / "run.py"
-spec = importlib.util.spec_from_file_location("little_data", FILE)
+FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks" / "little_data"
+sys.path.insert(0, str(FOLDER))
+import judge as judging  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("little_data", FOLDER / "run.py")  # there is more than one run.py
 little_data = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(little_data)
 
@@ -21,8 +25,8 @@ spec.loader.exec_module(little_data)
 @pytest.fixture(scope="module")
 def judge():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(little_data, "JUDGED", 1000)
-        return little_data.Judge(train_tokenizer(stories.sample(1000, 1)), known=stories.sample(3, 10**6))
+        patch.setattr(judging, "JUDGED", 1000)
+        return judging.Judge(train_tokenizer(stories.sample(1000, 1)), known=stories.sample(3, 10**6))
 
 
 def test_the_grammar_is_at_no_distance_from_itself(judge):

@@ -2,16 +2,14 @@
 
     python recipes/benchmarks/little_data/run.py
 
-A small GPT on 2,000 of the stories, of which it learns 1,700 and keeps 300 to stop early on: the start, a. Every method goes on
-with the same texts. A discriminator learns real texts against samples of the start (`GANTrainer`), an energy likewise
-(`UnifiedTrainer`), both with the policy standing still, both at their best on the held-out texts: a e^l / Z is the target.
-The policy then goes there in one exact step: KL(target || pi) is minimised by maximum likelihood on the target's samples, by
-quasi-rejection from the start's, beside the real texts. The grammar gives log p of every text, so that on samples
+A small GPT on 2,000 of the stories, of which it learns 1,700 and keeps 300 to stop early on: the start, a, from which more
+maximum likelihood gains nothing. Every method goes on with the same texts, in two runs of `GANTrainer` or of `UnifiedTrainer`:
 
-    KL(p || pi) = E_p[log p - log pi]
-    JS = log 2 - (E_p[softplus(log pi - log p)] + E_pi[softplus(log p - log pi)]) / 2
+- the policy stands still, and the discriminator (or energy) learns real texts against samples of the start. What is best on the
+  held-out texts makes "the target", a e^l / Z, an energy-based model;
+- both move, from the start and that discriminator. What is best on the held-out texts is "the policy".
 
-are exact but for the noise of sampling: p = 0 outside the grammar, and for other tokens than the tokenizer's own of a text.
+The grammar judges (`judge`), and is used for nothing else.
 
 Every finished row is a line of OUTPUT/rows.jsonl, so an interrupted benchmark goes on where it stopped. Ends with
 OUTPUT/table.md and a line of JSON.
@@ -27,114 +25,42 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from judge import BATCH, LENGTH, Judge
 from torch import Tensor, nn
-from torch.nn.functional import softplus
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from hf_gdc import Discriminator, GANConfig, GANTrainer, Rollouts, UnifiedConfig, UnifiedTrainer, stories
-from hf_gdc.actors import score_in_parts
 from hf_gdc.adversarial.logit_networks import LogitNetwork
-from hf_gdc.adversarial.real_text import RealTexts
 from hf_gdc.checkpoints import run_once
 from hf_gdc.data import load_text
 from hf_gdc.encoding import RightPadCollator, tokenize_rows
-from hf_gdc.sampling import TransformersSampler
-from hf_gdc.scoring import Scorer
 from hf_gdc.trainers.adversarial import DISCRIMINATOR_FILE
 from hf_gdc.trainers.pretraining import PretrainArguments, PretrainConfig, PretrainingTrainer, build_trainer
 
-TEXTS, HELD_OUT_PERCENT, LENGTH, BATCH = 2000, 15, 52, 500
-JUDGED = 10_000  # samples of the grammar, and of each model
+TEXTS, HELD_OUT_PERCENT = 2000, 15
 TEMPERATURES = [0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2]
 POOL = 20_000  # samples of the start that a target weighs
 SHARED = {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "overwrite": True, "save_total_limit": 1}
 SHARED |= {"load_best_model_at_end": True, "disable_tqdm": True, "per_device_eval_batch_size": BATCH}
-# Both players see sets of 1,536 samples and as many texts; whatever is kept is the best on the held-out texts.
-PLAYERS = {"per_device_train_batch_size": 512, "steps_per_generation": 3, "max_completion_length": LENGTH}
-PLAYERS |= {"eval_strategy": "steps", "eval_samples": 1500, "reference_samples": 512, "divergence": "kl"}
-PLAYERS |= {"discriminator_weight_decay": 0.03}
-# First the policy stands still, then both move.
-WARM_UP = {"max_steps": 24, "discriminator_warmup_steps": 24, "discriminator_steps": 10, "eval_steps": 3}
-WARM_UP |= {
-    "discriminator_learning_rate": 1e-2,
-    "metric_for_best_model": "discriminator/auc",
-    "greater_is_better": True,
-}
-GAME = {"max_steps": 48, "discriminator_steps": 4, "eval_steps": 6, "discriminator_learning_rate": 3e-3}
-GAME |= {"learning_rate": 1e-3, "metric_for_best_model": "nll", "greater_is_better": False}
+PLAYERS = {"per_device_train_batch_size": 512, "max_completion_length": LENGTH, "divergence": "kl"}
+PLAYERS |= {"eval_strategy": "steps", "reference_samples": 512, "num_generations": 1}
+# First the policy stands still: six sets of 1,536 samples, ten steps of the discriminator on each.
+WARM_UP = {"max_steps": 18, "steps_per_generation": 3, "eval_steps": 3, "eval_samples": 1000}
+WARM_UP |= {"discriminator_warmup_steps": 18, "discriminator_steps": 10, "discriminator_learning_rate": 3e-3}
+WARM_UP |= {"metric_for_best_model": "discriminator/auc", "greater_is_better": True}
+# Then both move: four sets of 6,144 samples, twelve steps of the policy on each.
+GAME = {"max_steps": 48, "steps_per_generation": 12, "eval_steps": 12, "eval_samples": 300, "learning_rate": 1e-3}
+GAME |= {"metric_for_best_model": "nll", "greater_is_better": False}
 TRAINERS = {"GAN": (GANTrainer, GANConfig), "unified": (UnifiedTrainer, UnifiedConfig)}
 METHODS = {"GAN": {}, "unified": {"data_term": "nce", "data_weight": 10.0}}
+# The GAN's target moves with the policy, so its discriminator must keep up; the energy's stands nearly still.
+GAMES = {
+    "GAN": {"discriminator_steps": 15, "discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 1.0},
+    "unified": {"discriminator_steps": 2, "discriminator_learning_rate": 1e-3},
+}
 ROWS = ["start", "start, its best temperature", "more maximum likelihood"]
 ROWS += [f"{method}: {what}" for method in METHODS for what in ("the target", "the policy")]
-
-
-# ---- the judge ----
-
-
-class Judge:
-    """Exact log-probabilities of texts, and distances between the grammar and a model.
-
-    Args:
-        tokenizer: of the models. known: the texts that they have seen.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, known: list[str]):
-        self.sampler, self.known = TransformersSampler(tokenizer, LENGTH), set(known)
-        texts = stories.sample(JUDGED, 10**6)  # a seed of its own
-        self.stories = self.rollouts(texts)
-        self.log_p = torch.tensor([stories.log_prob(text) for text in texts], dtype=torch.float64)
-
-    def rollouts(self, texts: list[str]) -> Rollouts:
-        return RealTexts(self.sampler)([{"prompt": "", "completion": text} for text in texts], torch.device("cpu"))
-
-    def log_pi(self, model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
-        return score_in_parts(Scorer(model.eval()), rollouts, BATCH, torch.device("cpu"))
-
-    def sample(self, model: PreTrainedModel, seed: int, count: int = JUDGED) -> Rollouts:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            return Rollouts.concatenate([self.sampler(model.eval(), [""] * BATCH) for _ in range(count // BATCH)])
-
-    def grammar(self, samples: Rollouts) -> Tensor:
-        """(B,) log p of tokens: -inf where the text is not a story, was cut, or has other tokens than the tokenizer's."""
-        own = self.rollouts(samples.texts).completion_ids()
-        pairs = zip(samples.texts, own, samples.completion_ids(), strict=True)
-        log_p = [stories.log_prob(text) if a == b else -math.inf for text, a, b in pairs]
-        return torch.tensor(log_p, dtype=torch.float64)
-
-    def model(self, model: PreTrainedModel) -> dict[str, float]:
-        samples = self.sample(model, 1)
-        return self.distances(self.log_pi(model, self.stories), samples, samples.policy_logp_B)
-
-    def distances(
-        self, log_pi: Tensor, samples: Rollouts, log_pi_own: Tensor, weights: Tensor | None = None
-    ) -> dict[str, float]:
-        """Distances in nats with standard errors, the entropy of a text in nats, shares of samples.
-
-        Args:
-            log_pi: of the grammar's stories. samples, log_pi_own, weights: of the model; weights turn them into its samples.
-        """
-        log_p_own = self.grammar(samples)
-        ours, theirs = mean(softplus(log_pi - self.log_p)), mean(softplus(log_p_own - log_pi_own), weights)
-        copied = torch.tensor([text in self.known for text in samples.texts]).double()
-        found = {"kl": mean(self.log_p - log_pi), "entropy": mean(-log_pi_own, weights)}
-        found |= {"grammatical": mean((log_p_own > -math.inf).double(), weights), "copied": mean(copied, weights)}
-        found["js"] = (math.log(2) - (ours[0] + theirs[0]) / 2, math.hypot(ours[1], theirs[1]) / 2)
-        return {name: value for name, (value, _) in found.items()} | {
-            f"{name}_stderr": error for name, (_, error) in found.items()
-        }
-
-
-def mean(numbers: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """The (weighted) mean and its standard error."""
-    shares = torch.ones_like(numbers) if weights is None else weights
-    shares = shares / shares.sum()
-    average = (shares * numbers).sum()
-    return float(average), float((shares * (numbers - average)).square().sum().sqrt())
-
-
-# ---- the methods ----
 
 
 class BagOfWords(LogitNetwork):
@@ -292,12 +218,14 @@ class Seed:
         return network
 
     def game(self, method: str, folder: Path) -> PreTrainedModel:
-        return self.play(method, self.discriminator(method), folder, GAME).model
+        return self.play(method, self.discriminator(method), folder, GAME | GAMES[method]).model
 
     def play(self, method: str, network: LogitNetwork, folder: Path, options: dict) -> Trainer:
         steps = {name: options["eval_steps"] for name in ("save_steps", "logging_steps")}
         options = options | steps | {"output_dir": str(folder), "seed": self.seed}
-        return play(method, network, self.start, options, self.texts, self.held_out)
+        size = PLAYERS["per_device_train_batch_size"] * options["steps_per_generation"]
+        texts = concatenate_datasets([self.texts] * math.ceil(size / len(self.texts)))  # a set takes as many as samples
+        return play(method, network, self.start, options, texts, self.held_out)
 
 
 def summary(values: list[float], digits: int = 3) -> str:
