@@ -20,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,15 +43,15 @@ TEXTS, HELD_OUT_PERCENT = 2000, 15
 TEMPERATURES = [0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2]
 POOL = 20_000  # samples of the start that a target weighs
 SHARED = {"lr_scheduler_type": "linear", "use_cpu": True, "report_to": "none", "overwrite": True, "save_total_limit": 1}
-SHARED |= {"load_best_model_at_end": True, "disable_tqdm": True, "per_device_eval_batch_size": BATCH}
+SHARED |= {"disable_tqdm": True, "per_device_eval_batch_size": BATCH}
 PLAYERS = {"per_device_train_batch_size": 512, "max_completion_length": LENGTH, "divergence": "kl"}
-PLAYERS |= {"eval_strategy": "steps", "reference_samples": 512, "num_generations": 1}
+PLAYERS |= {"reference_samples": 512, "num_generations": 1}
 # First the policy stands still: six sets of 1,536 samples, ten steps of the discriminator on each.
-WARM_UP = {"max_steps": 18, "steps_per_generation": 3, "eval_steps": 3, "eval_samples": 1000}
+WARM_UP = {"max_steps": 18, "steps_per_generation": 3, "save_steps": 3, "save_total_limit": None}
 WARM_UP |= {"discriminator_warmup_steps": 18, "discriminator_steps": 10, "discriminator_learning_rate": 3e-3}
-WARM_UP |= {"metric_for_best_model": "discriminator/auc", "greater_is_better": True}
 # Then both move: four sets of 6,144 samples, twelve steps of the policy on each.
 GAME = {"max_steps": 48, "steps_per_generation": 12, "eval_steps": 12, "eval_samples": 300, "learning_rate": 1e-3}
+GAME |= {"eval_strategy": "steps", "save_steps": 12, "load_best_model_at_end": True}
 GAME |= {"metric_for_best_model": "nll", "greater_is_better": False}
 TRAINERS = {"GAN": (GANTrainer, GANConfig), "unified": (UnifiedTrainer, UnifiedConfig)}
 METHODS = {"GAN": {}, "unified": {"data_term": "nce", "data_weight": 10.0}}
@@ -106,6 +107,7 @@ def likelihood(folder: Path, seed: int, **options) -> PretrainConfig:
         disable_dropout=False,
         eval_strategy="epoch",
         save_strategy="epoch",
+        load_best_model_at_end=True,
         metric_for_best_model="nll_per_text",
         greater_is_better=False,
         seed=seed,
@@ -205,15 +207,21 @@ class Seed:
 
     def discriminator(self, method: str) -> LogitNetwork:
         """l or d against samples of the start, at its best on the held-out texts."""
+        torch.manual_seed(self.seed)
+        network, held_out = BagOfWords(len(AutoTokenizer.from_pretrained(self.start))), self.held_out["text"]
+
+        def gain(state: dict) -> float:
+            """KL(p, a) - KL(p, a e^l / Z), without knowing p."""
+            network.load_own_state(state)
+            log_z = float(network.whole_scores(self.pool).logsumexp(0)) - math.log(POOL)
+            return float(network.whole_scores(self.judge.rollouts(held_out)).mean()) - log_z
 
         def train() -> dict:
             folder = self.folder / f"{method}_warm_up"
-            trainer = self.play(method, network, folder, WARM_UP)
-            best = Path(trainer.state.best_model_checkpoint) / DISCRIMINATOR_FILE
-            return torch.load(best, weights_only=True)["network"]
+            self.play(method, network, folder, WARM_UP)
+            found = [torch.load(file, weights_only=True) for file in folder.glob(f"checkpoint-*/{DISCRIMINATOR_FILE}")]
+            return max((state["network"] for state in found), key=gain)
 
-        torch.manual_seed(self.seed)
-        network = BagOfWords(len(AutoTokenizer.from_pretrained(self.start)))
         network.load_own_state(kept(self.folder / f"{method}.pt", train))
         return network
 
@@ -221,8 +229,7 @@ class Seed:
         return self.play(method, self.discriminator(method), folder, GAME | GAMES[method]).model
 
     def play(self, method: str, network: LogitNetwork, folder: Path, options: dict) -> Trainer:
-        steps = {name: options["eval_steps"] for name in ("save_steps", "logging_steps")}
-        options = options | steps | {"output_dir": str(folder), "seed": self.seed}
+        options = options | {"output_dir": str(folder), "seed": self.seed, "logging_steps": options["save_steps"]}
         size = PLAYERS["per_device_train_batch_size"] * options["steps_per_generation"]
         texts = concatenate_datasets([self.texts] * math.ceil(size / len(self.texts)))  # a set takes as many as samples
         return play(method, network, self.start, options, texts, self.held_out)
@@ -263,7 +270,9 @@ def table(results: dict[tuple, dict], seeds: list[int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--most_rows", type=int, default=1000, help="stop after so many, to go on another time")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, help="measure these alone, the table another time"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/little_data"))
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -271,15 +280,17 @@ def main() -> None:
     file = options.output / "rows.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     results = {(found["row"], found["seed"]): found for found in map(json.loads, lines)}
-    todo = [(row, seed) for row in ROWS for seed in options.seeds if (row, seed) not in results]
-    for row, seed in todo[: options.most_rows]:
+    todo = [(row, seed) for seed in options.seeds for row in options.rows if (row, seed) not in results]
+    for row, seed in todo:
+        began = time.time()
         found = {"row": row, "seed": seed} | Seed(seed, options.output / f"seed{seed}").measure(row)
+        found["seconds"] = time.time() - began
         results[row, seed] = found
         with file.open("a") as log:
             log.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
-    if len(todo) > options.most_rows:
-        return print(f"{len(todo) - options.most_rows} rows are left: start again to go on")
+    if any((row, seed) not in results for row in ROWS for seed in options.seeds):
+        return print("other rows are left: start again without --rows")
     lines = table(results, options.seeds)
     (options.output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines) + f"\nentropy of the grammar {stories.entropy():.3f}")
