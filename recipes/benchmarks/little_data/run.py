@@ -50,16 +50,17 @@ PLAYERS |= {"reference_samples": 512, "num_generations": 1}
 WARM_UP = {"max_steps": 18, "steps_per_generation": 3, "save_steps": 3, "save_total_limit": None}
 WARM_UP |= {"discriminator_warmup_steps": 18, "discriminator_steps": 10, "discriminator_learning_rate": 3e-3}
 # Then both move: four sets of 6,144 samples, twelve steps of the policy on each.
-GAME = {"max_steps": 48, "steps_per_generation": 12, "eval_steps": 12, "eval_samples": 300, "learning_rate": 1e-3}
+GAME = {"max_steps": 48, "steps_per_generation": 12, "eval_steps": 12, "eval_samples": 300}
 GAME |= {"eval_strategy": "steps", "save_steps": 12, "load_best_model_at_end": True}
 GAME |= {"metric_for_best_model": "nll", "greater_is_better": False}
 TRAINERS = {"GAN": (GANTrainer, GANConfig), "unified": (UnifiedTrainer, UnifiedConfig)}
 METHODS = {"GAN": {}, "unified": {"data_term": "nce", "data_weight": 10.0}}
 # The GAN's target moves with the policy, so its discriminator must keep up; the energy's stands nearly still.
 GAMES = {
-    "GAN": {"discriminator_steps": 15, "discriminator_learning_rate": 1e-2, "discriminator_weight_decay": 1.0},
-    "unified": {"discriminator_steps": 2, "discriminator_learning_rate": 1e-3},
+    "GAN": {"learning_rate": 4e-4, "discriminator_steps": 15, "discriminator_learning_rate": 1e-2},
+    "unified": {"learning_rate": 1e-3, "discriminator_steps": 2, "discriminator_learning_rate": 1e-3},
 }
+GAMES["GAN"] |= {"discriminator_weight_decay": 1.0}
 ROWS = ["start", "start, its best temperature", "more maximum likelihood"]
 ROWS += [f"{method}: {what}" for method in METHODS for what in ("the target", "the policy")]
 
