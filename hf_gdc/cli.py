@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -120,6 +121,9 @@ class RealTextArguments:
         },
     )
     num_stories: int = field(default=2_000, metadata={"help": 'How many stories to sample if data is "stories".'})
+    sample_by: str = field(
+        default="paragraph", metadata={"help": "What is one text of a .txt file: a paragraph, a line, or the document."}
+    )
     validation_percent: int = field(default=10, metadata={"help": "The last so many percent are held out."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     discriminator: str | None = field(
@@ -135,7 +139,8 @@ class RealTextArguments:
     def datasets(self) -> tuple:
         """The texts to learn, and those that are held out."""
         parts = (f"train[:{100 - self.validation_percent}%]", f"train[{100 - self.validation_percent}%:]")
-        return tuple(load_text(self.data, split, num_stories=self.num_stories) for split in parts)
+        load = partial(load_text, self.data, num_stories=self.num_stories, sample_by=self.sample_by)
+        return tuple(map(load, parts))
 
     def make_discriminator(self, policy: str, batch_size: int) -> Discriminator:
         """The discriminator for the policy of this name."""

@@ -6,6 +6,7 @@ Left out: ids and rows (`encoding`), the order of prompts (`prompt_order`), and 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,30 +19,41 @@ from . import preferences, stories
 Rows = Dataset | IterableDataset
 Messages = list[dict]  # chat: [{"role": "user", "content": "Hi"}, ...]
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+ROW_ENDS = {"paragraph": r"\r?\n\s*\n", "line": r"\r?\n"}  # of a .txt file
 
 
 # ---- sources ----
 
 
 def load_text(
-    source: str, split: str = "train", streaming: bool = False, num_stories: int = 10_000, seed: int = 0
+    source: str,
+    split: str = "train",
+    streaming: bool = False,
+    num_stories: int = 10_000,
+    seed: int = 0,
+    sample_by: str = "document",
 ) -> Rows:
     """Real data: rows with a column `text`, or with `prompt` and `completion`.
 
     Args:
-        source: "stories" (the embedded corpus), a `.txt` file (one text, one row), a `.jsonl` or `.json` file
+        source: "stories" (the embedded corpus), a `.txt` file (see `sample_by`), a `.jsonl` or `.json` file
             (one row per object), a local folder that `datasets.load_dataset` reads, or a Hub dataset, `id` or
             `id:config`.
         split: a split or a slice of one, such as "train[:90%]". Files and the stories have only "train"; a
-            slice of a `.txt` file counts characters, every other one counts rows.
+            slice of a `.txt` file that is one row counts characters, every other one counts rows.
         streaming: give an `IterableDataset`.
         num_stories, seed: how many stories to sample, and which; other sources ignore both.
+        sample_by: what is a row of a `.txt` file, as `datasets` calls it: the "document", a "paragraph" (between
+            blank lines) or a "line"; blank ones are left out. Other sources ignore it.
 
     Raises:
         ValueError: for a source that is missing, empty, not text, not JSON, or without the columns.
     """
     rows = [{"text": text} for text in stories.sample(num_stories, seed)] if source == "stories" else None
-    return _checked(_load(source, split, streaming, rows), source, ("text",), ("prompt", "completion"))
+    if sample_by not in ("document", *ROW_ENDS):
+        raise ValueError(f"sample_by must be 'document', 'paragraph' or 'line', but is {sample_by!r}.")
+    dataset = _load(source, split, streaming, rows, sample_by)
+    return _checked(dataset, source, ("text",), ("prompt", "completion"))
 
 
 def load_prompts(
@@ -105,15 +117,13 @@ def _is_chat(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
 
 
-def _load(source: str, split: str, streaming: bool, rows: list[dict] | None) -> Rows:
+def _load(source: str, split: str, streaming: bool, rows: list[dict] | None, sample_by: str = "document") -> Rows:
     path = Path(source)
     if rows is not None:
         start, stop = _slice(split, len(rows), source)
         dataset = Dataset.from_list(rows[start:stop])
     elif path.suffix == ".txt":
-        text = _read_text(path)
-        start, stop = _slice(split, len(text), source)
-        dataset = Dataset.from_list([{"text": text[start:stop]}] if start < stop else [])
+        dataset = Dataset.from_dict({"text": _text_rows(path, split, sample_by)})
     elif path.suffix in (".jsonl", ".json"):
         _existing(path)
         if streaming:
@@ -155,6 +165,17 @@ def _slice(split: str, size: int, source: str) -> tuple[int, int]:
 def _existing(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} (looked for {path.resolve()})")
+
+
+def _text_rows(path: Path, split: str, sample_by: str) -> list[str]:
+    """The slice of a file as one text, or as its paragraphs or lines."""
+    text = _read_text(path)
+    if sample_by == "document":
+        start, stop = _slice(split, len(text), str(path))
+        return [text[start:stop]] if start < stop else []
+    texts = [part.strip("\r\n") for part in re.split(ROW_ENDS[sample_by], text) if part.strip()]
+    start, stop = _slice(split, len(texts), str(path))
+    return texts[start:stop]
 
 
 def _read_text(path: Path) -> str:

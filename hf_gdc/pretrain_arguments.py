@@ -22,6 +22,10 @@ class PretrainArguments:
         default="stories",
         metadata={"help": 'Text: "stories", a .txt or .jsonl file, a folder, or a dataset of the Hub.'},
     )
+    sample_by: str = field(
+        default="document",
+        metadata={"help": "What is one text of a .txt file: the document, a paragraph, or a line."},
+    )
     num_stories: int = field(default=20_000, metadata={"help": 'How many stories to sample if data is "stories".'})
     validation_percent: int = field(default=5, metadata={"help": "The last so many percent are held out."})
     streaming: bool = field(
@@ -40,7 +44,8 @@ class PretrainArguments:
     vocab_size: int = field(default=768, metadata={"help": 'Most tokens of a "bpe" tokenizer.'})
     max_length: int = field(default=48, metadata={"help": "Tokens of a row: longer texts are cut, blocks are as long."})
     packing: bool | None = field(
-        default=None, metadata={"help": "Cut the stream of all texts into blocks. Default: for a .txt file alone."}
+        default=None,
+        metadata={"help": "Cut the stream of all texts into blocks. Default: for a .txt file that is one text."},
     )
     model_type: str = field(
         default="small_gpt", metadata={"help": "small_gpt or any causal model type of transformers, such as gpt2."}
@@ -53,7 +58,7 @@ class PretrainArguments:
         if isinstance(self.model_kwargs, str):
             self.model_kwargs = json.loads(self.model_kwargs)
         if self.packing is None:
-            self.packing = self.data.endswith(".txt")
+            self.packing = self.data.endswith(".txt") and self.sample_by == "document"
         if not 1 <= self.validation_percent <= 99:
             raise ValueError(f"validation_percent must be from 1 to 99, but is {self.validation_percent}.")
         for name in ("validation_rows", "tokenizer_rows", "shuffle_buffer"):
@@ -61,7 +66,7 @@ class PretrainArguments:
                 raise ValueError(f"{name} must be 1 or more, but is {getattr(self, name)}.")
         if self.streaming and self.data.endswith(".txt"):
             raise ValueError(
-                "a .txt file is one row, which is no stream: streaming=False, or a .jsonl file of many rows."
+                "a .txt file is read whole, not as a stream: streaming=False, or a .jsonl file of many rows."
             )
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 from datasets import IterableDataset
+from torch.utils.data import DataLoader
 
 from .arguments import PolicyGradientConfig
 from .evaluation import first_rows
@@ -133,3 +134,21 @@ def check_groups(args: PolicyGradientConfig, train_dataset) -> None:
             f"replay_samples = {args.replay_samples} must be a multiple of the {prompts} prompts in a process's set "
             "of rollouts (per_device_train_batch_size * steps_per_generation / num_generations)."
         )
+
+
+def prompt_loader(dataset, args: PolicyGradientConfig) -> DataLoader:
+    """Batches of the rows of a whole set of rollouts, each as often as it has micro-steps; not yet sharded."""
+    batch = args.generation_batch_size
+    pattern = {"batch_repeats": args.steps_per_generation * args.num_iterations}
+    if isinstance(dataset, EmptyPrompts):
+        pattern |= {"prompts_per_batch": batch * args.world_size, "shuffle": False}
+    else:
+        pattern |= {
+            "prompts_per_batch": batch // args.num_generations * args.world_size,
+            "repeats_per_prompt": args.num_generations,
+        }
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(PromptStream(dataset, **pattern), batch, collate_fn=list, drop_last=True)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = PromptSampler(len(dataset), **{"shuffle": args.shuffle_dataset, "seed": seed} | pattern)
+    return DataLoader(dataset, batch, sampler=sampler, collate_fn=list, drop_last=True)

@@ -72,6 +72,16 @@ def test_a_text_file_is_one_text_sliced_by_characters(tmp_path):
     assert [row["text"] for row in data.load_text(source, streaming=True)] == [text[1:]]
 
 
+def test_a_text_file_by_paragraphs_and_lines(tmp_path):
+    source = write(tmp_path / "a.txt", "\n\nOne,\r\nand more.\n \n\n  Two.\n\nThree.\n")
+    paragraphs = data.load_text(source, sample_by="paragraph")["text"]
+    assert list(paragraphs) == ["One,\r\nand more.", "  Two.", "Three."]
+    lines = data.load_text(source, "train[1:]", sample_by="line", streaming=True)
+    assert [row["text"] for row in lines] == ["and more.", "  Two.", "Three."]
+    with pytest.raises(ValueError, match="'document', 'paragraph' or 'line', but is 'sentence'"):
+        data.load_text(source, sample_by="sentence")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json"])
 def test_json_rows(tmp_path, name, streaming):

@@ -212,15 +212,13 @@ def test_energy_gradient_with_a_reward_beside_it(tmp_path):
 
 
 def test_energy_gradient_by_a_critic_is_that_of_the_divergence(tmp_path):
-    """With the critic's logit log P_true/P_D, up to a constant, the data term is D_f(P_D || P_true)."""
+    """With the critic's logit log P_true/a, up to a constant, the data term is D_f(P_D || P_true)."""
     critic = Discriminator(adversaries.Optimal(adversaries.goal()))
     trainer, rollouts = energy_problem(tmp_path, data_term="critic", critic=critic, data_weight=2.0, divergence="js")
     real, log_true = in_proportion(trainer, COUNTS)
     every = tiny.enumerated(trainer)
-    log_d = torch.log_softmax(
-        trainer.actors.reference_logp(every) + trainer.discriminator.network.whole_scores(every), 0
-    )
-    critic.network.whole_scores = lambda side: (log_true - log_d + 0.4).repeat(len(side) // 15)
+    log_a = trainer.actors.reference_logp(every)
+    critic.network.whole_scores = lambda side: (log_true - log_a + 0.4).repeat(len(side) // 15)
     estimated = energy_gradient(trainer, replicate(rollouts, len(real)), real)
 
     def term(log_d):

@@ -65,7 +65,10 @@ def test_gan_with_credit_for_tokens(tmp_path):
 def test_unified_with_each_data_term(term, tmp_path):
     log_p = adversaries.goal(5, 0.4)
     texts = adversaries.real_texts(log_p, 40_000)
-    options = {"critic": Discriminator(adversaries.classifier(2, scale=0.1))} if term == "critic" else {}
+    options = {}
+    if term == "critic":  # a third player: it and the energy must keep up with the policy
+        critic = Discriminator(adversaries.classifier(2, scale=0.1))
+        options = {"critic": critic, "learning_rate": 2e-3, "discriminator_learning_rate": 1e-2}
     reaches(adversaries.unified(tmp_path, learned(), texts, policy(), data_term=term, **GAME | options), log_p)
 
 

@@ -8,7 +8,7 @@ E_p[grad d]. The second is one of
     ml       KL(P_true || P_D), maximum likelihood: E_{P_D}[grad d] - E_data[grad d] (Finn et al. 2016, arXiv 1611.03852)
     nce      a loss of the logit d + log a - log q, with the sampler q as the noise (Gutmann & Hyvarinen 2010; residual
              energies, Deng et al. 2020, arXiv 2004.11714): a surrogate with the same optimum, which also fixes Z = 1
-    critic   D_f(P_D || P_true) itself: E_{P_D}[f'(s) grad log P_D], s = e^-l, by a second discriminator l = log P_true/P_D
+    critic   D_f(P_D || P_true) itself: E_{P_D}[f'(s) grad log P_D], s = e^-l, l = log P_true/P_D = c - d by a second network c
 
 Expectations under P_D and p are self-normalised importance-weighted sums over the policy's samples (and, with
 `reference_negatives`, the reference's, in a mixture whose density is known).
@@ -26,6 +26,7 @@ from torch import Tensor
 from ..partition import effective_sample_size, group_logsumexp, group_sum
 from ..rollouts import Rollouts
 from .discriminator_training import DiscriminatorLearner
+from .logit_networks import LogitNetwork
 from .losses import dual
 
 # Entries of scores, which select cuts along.
@@ -37,16 +38,22 @@ class EnergyLearner(DiscriminatorLearner):
 
     Args:
         log_weight: log P - log q of the whole target.
-        critic: for the data term of that name, the second discriminator's learner.
+        critic: for the data term of that name, the second network.
 
     For the others see `DiscriminatorLearner`.
     """
 
     def __init__(
-        self, *args, log_weight: Callable[[Rollouts], Tensor], critic: DiscriminatorLearner | None = None, **kwargs
+        self,
+        network: LogitNetwork,
+        *args,
+        log_weight: Callable[[Rollouts], Tensor],
+        critic: LogitNetwork | None = None,
+        **kwargs,
     ):
-        super().__init__(*args, **kwargs)
-        self.log_weight, self.critic = log_weight, critic
+        super().__init__(network, *args, **kwargs)
+        self.log_weight = log_weight
+        self.critic = None if critic is None else CriticLearner(critic, *args, energy=self)
         if self.network.dense:
             raise ValueError(
                 "an energy is a number for a whole text: its prefixes have none. Use a discriminator that is not dense."
@@ -85,9 +92,8 @@ class EnergyLearner(DiscriminatorLearner):
         for logits_BT, side in ((real_BT, real), (fake_BT, fake)):
             total = total + (_like(side.scores[COEFFICIENT], logits_BT) * logits_BT[:, 0]).sum()
         if self.args.data_term == "nce":
-            offsets = (_like(side.scores[OFFSET], real_BT)[:, None] for side in (real, fake))
-            real_BT, fake_BT = (logits_BT + o for logits_BT, o in zip((real_BT, fake_BT), offsets, strict=True))
-            total = total + self.args.data_weight * super().objective(real_BT, fake_BT, real, fake)
+            whole = (_with_offset(logits_BT, side) for logits_BT, side in ((real_BT, real), (fake_BT, fake)))
+            total = total + self.args.data_weight * super().objective(*whole, real, fake)
         return total
 
     # ---- expectations ----
@@ -133,7 +139,8 @@ class EnergyLearner(DiscriminatorLearner):
 
     def _criticised(self, fake: Rollouts, shares_N: Tensor) -> Tensor:
         """(N,) coefficients of E_{P_D}[f'(s) grad log P_D], s = P_D / P_true as the critic sees it."""
-        logits_N, group_N, groups = self._grouped(self.critic.network.whole_scores(fake), fake)
+        log_ratio_F = self.critic.network.whole_scores(fake) - self.network.whole_scores(fake)
+        logits_N, group_N, groups = self._grouped(log_ratio_F, fake)
         log_z_G = group_logsumexp(shares_N.log() + logits_N, group_N, groups) + math.log(groups)
         return self._centred(shares_N, self.divergence.f_prime(log_z_G[group_N] - logits_N), fake)
 
@@ -186,6 +193,34 @@ class EnergyLearner(DiscriminatorLearner):
         super().load_state_dict(state)
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+
+
+class CriticLearner(DiscriminatorLearner):
+    """Trains a network c such that c - d is log P_true/P_D: c itself is log P_true/a, which stands still while d moves.
+
+    Args:
+        energy: learns d.
+
+    For the others see `DiscriminatorLearner`.
+    """
+
+    def __init__(self, *args, energy: EnergyLearner, **kwargs):
+        super().__init__(*args, fake_weights=energy.energy_weights, **kwargs)
+        self.energy = energy
+
+    def prepare(self, fake: Rollouts, real: Rollouts) -> tuple[Rollouts, Rollouts]:
+        offset_R = -self.energy.network.whole_scores(real)
+        offset_F = -self.energy.network.whole_scores(fake)  # last, as its scores are wanted again
+        fake, real = super().prepare(fake, real)
+        fake.scores[OFFSET], real.scores[OFFSET] = offset_F, offset_R
+        return fake, real
+
+    def objective(self, real_BT: Tensor, fake_BT: Tensor, real: Rollouts, fake: Rollouts) -> Tensor:
+        return super().objective(_with_offset(real_BT, real), _with_offset(fake_BT, fake), real, fake)
+
+
+def _with_offset(logits_BT: Tensor, side: Rollouts) -> Tensor:
+    return logits_BT + _like(side.scores[OFFSET], logits_BT)[:, None]
 
 
 def _like(numbers_B: Tensor, tensor: Tensor) -> Tensor:

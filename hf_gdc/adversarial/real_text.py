@@ -54,7 +54,7 @@ def check_size(dataset: Rows, texts_per_batch: int) -> None:
     if isinstance(dataset, Dataset) and len(dataset) < texts_per_batch:
         raise ValueError(
             f"there are {len(dataset)} real texts, and one set of rollouts takes {texts_per_batch} (over all processes): give "
-            "more texts, or make per_device_train_batch_size or steps_per_generation smaller."
+            "more texts (of a .txt file: see sample_by), or make per_device_train_batch_size or steps_per_generation smaller."
         )
 
 

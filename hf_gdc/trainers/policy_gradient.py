@@ -28,7 +28,7 @@ from ..incremental import Incremental, train_only
 from ..loading import disable_dropout, load_policy, load_tokenizer
 from ..partition import Partition, leave_one_out_baseline
 from ..pools import FITTING, ReferencePools
-from ..prompt_order import EmptyPrompts, PromptSampler, PromptStream, check_groups, empty_prompts
+from ..prompt_order import EmptyPrompts, check_groups, empty_prompts, prompt_loader
 from ..replay import Replay
 from ..reporting import Averages, length_metrics, log_samples
 from ..rollouts import Rollouts
@@ -315,24 +315,7 @@ class PolicyGradientTrainer(SafeCheckpoints, Incremental, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch has the rows of a whole set of rollouts and comes as often as its micro-steps."""
-        args = self.args
-        batch = args.generation_batch_size
-        pattern = {"batch_repeats": args.steps_per_generation * args.num_iterations}
-        if isinstance(self.train_dataset, EmptyPrompts):
-            pattern |= {"prompts_per_batch": batch * args.world_size, "shuffle": False}
-        else:
-            pattern |= {
-                "prompts_per_batch": batch // args.num_generations * args.world_size,
-                "repeats_per_prompt": args.num_generations,
-            }
-        if isinstance(self.train_dataset, IterableDataset):
-            loader = DataLoader(PromptStream(self.train_dataset, **pattern), batch, collate_fn=list, drop_last=True)
-        else:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            pattern = {"shuffle": args.shuffle_dataset, "seed": seed} | pattern
-            sampler = PromptSampler(len(self.train_dataset), **pattern)
-            loader = DataLoader(self.train_dataset, batch, sampler=sampler, collate_fn=list, drop_last=True)
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(prompt_loader(self.train_dataset, self.args))
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # rows are not model inputs, so there is nothing to count here

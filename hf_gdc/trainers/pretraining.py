@@ -180,7 +180,9 @@ def load_parts(options: PretrainArguments, args: PretrainConfig) -> tuple[Rows, 
     Raises:
         ValueError: a stream without `max_steps`, or too short to hold something out.
     """
-    load = partial(load_text, options.data, num_stories=options.num_stories, seed=args.seed)
+    load = partial(
+        load_text, options.data, num_stories=options.num_stories, seed=args.seed, sample_by=options.sample_by
+    )
     if not options.streaming:
         split = 100 - options.validation_percent
         train, validation = load(f"train[:{split}%]"), load(f"train[{split}%:]")

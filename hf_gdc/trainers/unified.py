@@ -10,7 +10,6 @@ Left out: moments, whose lambda is fitted to a target that stands still.
 """
 
 from ..adversarial.arguments import UnifiedConfig
-from ..adversarial.discriminator_training import DiscriminatorLearner
 from ..adversarial.energy_training import EnergyLearner
 from ..adversarial.real_text import with_completions
 from ..targets import Discriminator, Reference
@@ -29,7 +28,7 @@ class UnifiedTrainer(AdversarialTrainer):
         target: further factors, constraints and rewards: the policy moves to a e^d times these.
         args: a `UnifiedConfig`.
         train_dataset: rows with `text`, or with `prompt` and `completion`.
-        critic: for `data_term="critic"`, a second discriminator.
+        critic: for `data_term="critic"`, a second discriminator: it learns log P_true/a, which the energy's d is compared with.
 
     Raises:
         ValueError: see `AdversarialTrainer`; a dense energy; a critic without its data term, or the reverse; a hard
@@ -70,14 +69,17 @@ class UnifiedTrainer(AdversarialTrainer):
                 f"reference_negatives = {self.args.reference_negatives} must be a multiple of the {texts} real texts in a "
                 "process's set of rollouts, so that each prompt gets as many."
             )
-        shared = (self.args, self.divergence, self.actors, self._averages.add)
-        critic = None if self.critic is None else DiscriminatorLearner(self.critic.network, *shared)
-        learner = EnergyLearner(
-            self.discriminator.network, *shared, self.game, log_weight=self.target.log_weight, critic=critic
+        critic = None if self.critic is None else self.critic.network
+        return EnergyLearner(
+            self.discriminator.network,
+            self.args,
+            self.divergence,
+            self.actors,
+            self._averages.add,
+            game=self.game,
+            log_weight=self.target.log_weight,
+            critic=critic,
         )
-        if critic is not None:
-            critic.fake_weights = learner.energy_weights
-        return learner
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Every divergence between policy and target, as every trainer measures them, and what held-out texts say.
