@@ -165,7 +165,7 @@ def test_mistakes_in_the_schedule(tmp_path, kwargs, message):
 
 
 def test_mistakes_with_streams(tmp_path, rows):
-    with pytest.raises(ValueError, match="a .txt file is one row"):
+    with pytest.raises(ValueError, match="a .txt file is read whole"):
         PretrainArguments(data="book.txt", streaming=True)
     with pytest.raises(ValueError, match="validation_rows must be 1 or more, but is 0"):
         options(data=rows, streaming=True, validation_rows=0)
