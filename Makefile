@@ -29,14 +29,14 @@ images: $(VENV)/installed ## a GAN on scikit-learn's digits, with metrics and a 
 	$(ACCELERATE) recipes/images/run.py --config recipes/images/config.yaml $(OPTIONS)
 
 test: $(VENV)/installed ## the test suite (10 to 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile $(OPTIONS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 test-slow: $(VENV)/installed ## checks that take minutes each
 	$(BIN)/python -m pytest -q -m slow $(OPTIONS)
 
 test-transformers: $(VENV)/installed ## the tests that transformers runs on its own models (about 2 minutes)
 	$(BIN)/python tests/transformers_common/transformers_sources.py
-	$(BIN)/python -m pytest -q -m slow tests/transformers_common $(OPTIONS)
+	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 8 tests/transformers_common $(OPTIONS)
 
 lint: $(VENV)/installed ## ruff
 	$(BIN)/ruff check .

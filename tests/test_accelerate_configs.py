@@ -82,6 +82,7 @@ def test_two_cpu_processes_are_two(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs there is nothing to refuse")
+@pytest.mark.slow
 def test_two_strangers_are_refused(tmp_path):
     run = launch_two(tmp_path)
     assert run.returncode != 0

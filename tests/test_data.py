@@ -217,6 +217,7 @@ def test_words_of_the_stories_are_tokens():
     assert sum(len(ids) for ids in plain_ids(TEXTS)) / len(TEXTS) < 40
 
 
+@pytest.mark.slow
 def test_training_is_deterministic():
     program = (
         "from hf_gdc import data, stories;"

@@ -420,7 +420,9 @@ def run(folder, resume: str, kill_at: int, *options: str) -> int:
     return done.returncode
 
 
-@pytest.mark.parametrize("players", [pytest.param("dense", marks=pytest.mark.slow), "adapters", "unified"])
+@pytest.mark.parametrize(
+    "players", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "adapters")), "unified"]
+)
 def test_killed_mid_game_and_resumed_is_bit_equal(players, tmp_path):
     """Steps 1 and 2 are maximum likelihood, 3 and 4 the discriminator's warm-up; checkpoints at 3 and 6, killed at 7 or 4."""
     assert run(tmp_path / "whole", "fresh", 0, players) == 0

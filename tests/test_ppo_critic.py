@@ -146,6 +146,7 @@ def test_a_resumed_run_is_bit_equal(kind, base, tmp_path):
     assert_equal(*optimizers)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(tmp_path):
     def run(folder, resume: str, kill_at: int) -> int:
         command = [sys.executable, str(WORKER), "ppo", str(folder), resume, str(kill_at)]

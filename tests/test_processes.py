@@ -22,7 +22,7 @@ def launch(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("replayed", [0, 32])
+@pytest.mark.parametrize("replayed", [pytest.param(0, marks=pytest.mark.slow), 32])
 def test_two_processes_equal_one_on_the_same_rollouts(replayed, tmp_path):
     trainer = tiny.trainer(tiny.HARD["pointwise"](), tmp_path / "maker", tiny.model(0, 0.5, torch.float32), ["a", "b"])
     rows = [{"prompt": prompt} for prompt in "ab"]
